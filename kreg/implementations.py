@@ -1,0 +1,56 @@
+"""The implementations of `attention`, and which one is chosen.
+
+An implementation takes a canonical `Problem` and returns output and Stats, or raises
+NotImplementedError, which means "not these inputs" and nothing else.
+"""
+
+from collections.abc import Callable
+
+from jaxtyping import Array
+
+from kreg import chunked, reference
+from kreg.problem import Problem
+from kreg.weights import Stats
+
+# Scores of up to this many bytes are formed at once; larger problems go block by block.
+_DENSE_BYTES = 48 * 2**20
+
+
+def _unwritten(name: str) -> Callable[[Problem], tuple[Array, Stats]]:
+    def attend(problem: Problem) -> tuple[Array, Stats]:
+        raise NotImplementedError(f"implementation={name!r}: no kernel takes these inputs yet")
+
+    return attend
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Problem], tuple[Array, Stats]]] = {
+    "reference": reference.attend,
+    "xla": chunked.attend,
+    "mosaic_gpu": _unwritten("mosaic_gpu"),
+    "mosaic_tpu": _unwritten("mosaic_tpu"),
+}
+
+
+def run(problem: Problem, implementation: str | None) -> tuple[Array, Stats]:
+    """Runs the named implementation, or the best one for the problem."""
+    name, _ = choose(problem) if implementation is None else (implementation, "named")
+    return IMPLEMENTATIONS[name](problem)
+
+
+def check(implementation: str | None) -> None:
+    """Raises ValueError where the name is not one of the implementations."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: expected None or one of {sorted(IMPLEMENTATIONS)}, "
+            f"got {implementation!r}"
+        )
+
+
+def choose(problem: Problem) -> tuple[str, str]:
+    """Chooses by size: dense while the scores are small, in blocks of queries beyond."""
+    batch, queries, heads, _ = problem.query.shape
+    size = batch * heads * queries * problem.key.shape[1] * problem.dtype.itemsize
+    what = f"the scores take {size / 2**20:.1f} MiB, the limit is {_DENSE_BYTES / 2**20:.0f}"
+    if size <= _DENSE_BYTES:
+        return "reference", f"dense is fastest: {what}"
+    return "xla", f"memory must stay linear in length: {what}"

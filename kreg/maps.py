@@ -1,0 +1,214 @@
+r"""Maps from scores to weights: softmax, entmax and their sparse relatives, along one axis.
+
+All are the one formula with a kernel and a rule. Inputs may be any float type; the arithmetic is in
+float32 or wider and the result has the input's type. `where` is a boolean mask: entries outside it,
+and scores of -inf, get weight 0 and may hold anything; a row with no entry left gets weights 0.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import core
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from kreg.bandwidth import Adaptive, Anchored, Fixed, Nearest, Rule
+from kreg.kernels import Kernel, biweight, box, epanechnikov, gaussian
+from kreg.weights import weigh
+
+
+def softmax(
+    x: Float[ArrayLike, "..."], axis: int = -1, where: Bool[ArrayLike, "..."] | None = None
+) -> Float[Array, "..."]:
+    r"""Maps scores to $p_j \propto e^{x_j}$: the Gaussian kernel.
+
+    Unlike `jax.nn.softmax`, a row with nothing admissible gives 0, not NaN.
+
+    Examples:
+        >>> kreg.softmax(jnp.array([0.0, 0.0]))
+        Array([0.5, 0.5], dtype=float32)
+    """
+    return _map(x, axis, where, gaussian, Adaptive())
+
+
+def sparsemax(
+    x: Float[ArrayLike, "..."], axis: int = -1, where: Bool[ArrayLike, "..."] | None = None
+) -> Float[Array, "..."]:
+    r"""Projects scores onto the simplex, $p_j = [x_j - \tau]_+$: Epanechnikov, adaptive bandwidth.
+
+    Examples:
+        >>> kreg.sparsemax(jnp.array([1.0, 0.5, -1.0]))
+        Array([0.75, 0.25, 0.  ], dtype=float32)
+
+    References:
+        Martins and Astudillo, `From Softmax to Sparsemax
+        <https://arxiv.org/abs/1602.02068>`_, 2016.
+    """
+    return _map(x, axis, where, epanechnikov, Adaptive())
+
+
+def entmax15(
+    x: Float[ArrayLike, "..."], axis: int = -1, where: Bool[ArrayLike, "..."] | None = None
+) -> Float[Array, "..."]:
+    r"""Maps scores to $p_j = [x_j/2 - \tau]_+^2$: biweight, adaptive bandwidth.
+
+    Examples:
+        >>> kreg.entmax15(jnp.array([1.0, 1.0, -2.0]))
+        Array([0.5, 0.5, 0. ], dtype=float32)
+
+    References:
+        Peters et al., `Sparse Sequence-to-Sequence Models
+        <https://arxiv.org/abs/1905.05702>`_, 2019.
+    """
+    return _map(x, axis, where, biweight, Adaptive())
+
+
+def entmax(
+    x: Float[ArrayLike, "..."],
+    alpha: float | Float[ArrayLike, "..."] = 1.5,
+    axis: int = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+) -> Float[Array, "..."]:
+    r"""Maps scores to $p_j = [(\alpha-1) x_j - \tau]_+^{1/(\alpha-1)}$, $\sum_j p_j = 1$.
+
+    Args:
+        x: scores.
+        alpha: >= 1; softmax at 1, sparsemax at 2. A number, or an array of x's rank with size 1
+            along `axis`. Differentiable, at 1 too. A traced value below 1 gives NaN.
+        axis: the axis that sums to 1.
+        where: admissible entries.
+
+    Raises:
+        ValueError: a concrete alpha below 1, or an alpha of the wrong shape.
+
+    Examples:
+        >>> kreg.entmax(jnp.array([1.0, 0.5, -1.0]), alpha=2.0)
+        Array([0.75, 0.25, 0.  ], dtype=float32)
+
+    References:
+        Peters et al., `Sparse Sequence-to-Sequence Models
+        <https://arxiv.org/abs/1905.05702>`_, 2019;
+        Correia et al., `Adaptively Sparse Transformers <https://arxiv.org/abs/1909.00015>`_, 2019.
+    """
+    _check_alpha(alpha)
+    if isinstance(alpha, (int, float, np.generic)):
+        return _map(x, axis, where, Kernel.from_alpha(alpha), Adaptive())
+    x = _scores(x)
+    alpha = jnp.asarray(alpha, jnp.promote_types(x.dtype, jnp.float32))
+    if alpha.ndim:
+        _check_per_row("alpha", alpha.shape, x.shape, axis)
+        alpha = jnp.moveaxis(alpha, axis, -1)
+    alpha = jnp.where(alpha >= 1, alpha, jnp.nan)
+    return _map(x, axis, where, Kernel.from_alpha(alpha), Adaptive())
+
+
+def relumax(
+    x: Float[ArrayLike, "..."], axis: int = -1, where: Bool[ArrayLike, "..."] | None = None
+) -> Float[Array, "..."]:
+    r"""Maps scores to $p_j \propto [x_j - \max x + 1]_+$: Epanechnikov anchored on the best key.
+
+    Examples:
+        >>> kreg.relumax(jnp.array([1.0, 0.5, -1.0])).round(3)
+        Array([0.667, 0.333, 0.   ], dtype=float32)
+
+    References:
+        Santos et al., `Sparse Attention as Compact Kernel Regression
+        <https://arxiv.org/abs/2601.22766>`_, 2026.
+    """
+    return _map(x, axis, where, epanechnikov, Anchored())
+
+
+def normalized_relu(
+    x: Float[ArrayLike, "..."],
+    threshold: float | Float[ArrayLike, "..."] = 0.0,
+    axis: int = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+) -> Float[Array, "..."]:
+    r"""Maps scores to $p_j \propto [x_j - t]_+$, equal weights where no score exceeds t.
+
+    Args:
+        x: scores.
+        threshold: t, a number or an array of x's rank with size 1 along `axis`; differentiable.
+        axis: the axis that sums to 1.
+        where: admissible entries.
+
+    Examples:
+        >>> kreg.normalized_relu(jnp.array([3.0, 1.0, -1.0]))
+        Array([0.75, 0.25, 0.  ], dtype=float32)
+    """
+    x = _scores(x)
+    threshold = jnp.asarray(threshold, jnp.promote_types(x.dtype, jnp.float32))
+    if threshold.ndim:
+        _check_per_row("threshold", threshold.shape, x.shape, axis)
+        threshold = jnp.moveaxis(threshold, axis, -1)
+    return _map(x, axis, where, epanechnikov, Fixed(1.0), fixed=threshold)
+
+
+def topk_softmax(
+    x: Float[ArrayLike, "..."], k: int, axis: int = -1, where: Bool[ArrayLike, "..."] | None = None
+) -> Float[Array, "..."]:
+    r"""Applies softmax to the scores $x_j \ge x_{(k)}$, ties included: a truncated Gaussian.
+
+    Examples:
+        >>> kreg.topk_softmax(jnp.array([1.0, 1.0, 0.0]), k=2)
+        Array([0.5, 0.5, 0. ], dtype=float32)
+    """
+    return _map(x, axis, where, gaussian, Nearest(k))
+
+
+def topk_uniform(
+    x: Float[ArrayLike, "..."], k: int, axis: int = -1, where: Bool[ArrayLike, "..."] | None = None
+) -> Float[Array, "..."]:
+    r"""Weighs the scores $x_j \ge x_{(k)}$ equally, ties included: kNN regression.
+
+    Examples:
+        >>> kreg.topk_uniform(jnp.array([3.0, 2.0, 0.0]), k=2)
+        Array([0.5, 0.5, 0. ], dtype=float32)
+    """
+    return _map(x, axis, where, box, Nearest(k))
+
+
+def _map(x, axis, where, kernel: Kernel, rule: Rule, fixed=0.0) -> Array:
+    x = _scores(x)
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis: expected an axis of x with shape {x.shape}, got {axis}")
+    if isinstance(rule, Nearest) and not (isinstance(rule.k, (int, np.integer)) and rule.k >= 1):
+        raise ValueError(f"k: expected an integer >= 1, got {rule.k!r}")
+    admissible = x > -jnp.inf
+    if where is not None:
+        where = jnp.asarray(where)
+        if where.dtype != bool:
+            raise ValueError(f"where: expected a boolean mask, got {where.dtype}")
+        if where.ndim > x.ndim or np.broadcast_shapes(where.shape, x.shape) != x.shape:
+            raise ValueError(
+                f"where: expected a shape that broadcasts to {x.shape}, got {where.shape}"
+            )
+        admissible &= jnp.broadcast_to(where, x.shape)
+    else:
+        # NaN is not > -inf, and at an admissible entry it is the caller's.
+        admissible |= jnp.isnan(x)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide, admissible = jnp.moveaxis(wide, axis, -1), jnp.moveaxis(admissible, axis, -1)
+    weights, _ = weigh(jnp.where(admissible, wide, 0), admissible, kernel, rule, fixed)
+    return jnp.moveaxis(weights, -1, axis).astype(x.dtype)
+
+
+def _scores(x) -> Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.result_type(float))
+    if x.ndim == 0 or 0 in x.shape[-1:]:
+        raise ValueError(f"x: expected at least one axis with an entry, got shape {x.shape}")
+    return x
+
+
+def _check_alpha(alpha) -> None:
+    if not isinstance(alpha, core.Tracer) and not np.all(np.asarray(alpha, np.float64) >= 1):
+        raise ValueError(f"alpha: expected values >= 1, got {alpha}")
+
+
+def _check_per_row(name: str, shape: tuple, of: tuple, axis: int) -> None:
+    if len(shape) != len(of) or shape[axis] != 1 or np.broadcast_shapes(shape, of) != of:
+        raise ValueError(
+            f"{name}: expected a number or an array of x's rank that broadcasts to {of} with size "
+            f"1 along axis {axis}, got shape {shape}"
+        )

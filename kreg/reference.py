@@ -1,0 +1,90 @@
+r"""Attention, dense: the definition, one line a step, on the whole score matrix."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from kreg.dropout import keep_mask
+from kreg.masks import admissible, plain
+from kreg.problem import Problem
+from kreg.weights import Stats, weigh
+
+
+def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats]:
+    """Attends with all scores in memory."""
+    where = admissible(problem)
+    if not plain(problem):
+        problem = without_dead(problem, jnp.any(where, axis=-1), seen_keys(problem, where))
+    return attend_rows(problem, where)
+
+
+def attend_rows(
+    problem: Problem, where: Bool[Array, "#B #N T S"]
+) -> tuple[Float[Array, "B T N V"], Stats]:
+    """Scores, weighs and averages for the problem's queries; keys nobody sees must be finite."""
+    z, fixed = scores(problem, where)
+    weights, stats = weigh(z, jnp.broadcast_to(where, z.shape), problem.kernel, problem.rule, fixed)
+    if problem.dropout_key is not None:
+        weights = _drop(problem, weights)
+    values = problem.value.astype(problem.dtype)
+    heads = values.shape[2]
+    weights = weights.reshape(z.shape[0], heads, -1, *z.shape[2:])
+    out = jnp.einsum("bkgts,bskv->btkgv", weights, values, precision=problem.precision)
+    out = out.reshape(*problem.query.shape[:3], -1).astype(problem.value.dtype)
+    return out, Stats(*(jnp.swapaxes(x, 1, 2) for x in stats))
+
+
+def scores(
+    problem: Problem, where: Bool[Array, "#B #N T S"]
+) -> tuple[Float[Array, "B N T S"], Float[Array, "#B #N #T 1"]]:
+    r"""Scores z = softcap(scale q.k + bias) / h^2, 0 where inadmissible; `Fixed`'s threshold."""
+    batch, queries, heads, width = problem.query.shape
+    dtype = problem.dtype
+    query = problem.query.reshape(batch, queries, problem.key.shape[2], -1, width)
+    s = jnp.einsum(
+        "btkgh,bskh->bkgts",
+        query,
+        problem.key,
+        precision=problem.precision,
+        preferred_element_type=dtype,
+    )
+    s = s.reshape(batch, heads, queries, -1) * problem.scale.astype(dtype)
+    if problem.bias is not None:
+        s = s + problem.bias.astype(dtype)
+    if problem.soft_cap is not None:
+        s = problem.soft_cap * jnp.tanh(s / problem.soft_cap)
+    # Before the division, whose gradient multiplies by the scores.
+    s = jnp.where(where, s, 0)
+    squeeze = 1 / jnp.square(problem.rule.h.astype(dtype))
+    return s * squeeze, squeeze - 0.5
+
+
+def without_dead(
+    problem: Problem, rows: Bool[Array, "#B #N T"], seen: Bool[Array, "#B S #K"]
+) -> Problem:
+    """Zeroes queries without keys and keys without queries: NaN there must not leak."""
+    live = jnp.swapaxes(rows, 1, 2)[..., None]
+    seen = seen[..., None]
+    return dataclasses.replace(
+        problem,
+        query=jnp.where(live, problem.query, 0),
+        key=jnp.where(seen, problem.key, 0),
+        value=jnp.where(seen, problem.value, 0),
+    )
+
+
+def seen_keys(problem: Problem, where: Bool[Array, "#B #N T S"]) -> Bool[Array, "#B S #K"]:
+    """Finds the keys that some query of the block sees, through any head of their group."""
+    seen = jnp.any(where, axis=2)
+    if seen.shape[1] > 1:
+        seen = seen.reshape(seen.shape[0], problem.key.shape[2], -1, seen.shape[-1])
+        seen = jnp.any(seen, axis=2)
+    return jnp.swapaxes(seen, 1, 2)
+
+
+def _drop(problem: Problem, weights: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
+    batch, heads, _, keys = weights.shape
+    rate = problem.dropout_rate
+    keep = keep_mask(problem.dropout_key, rate, batch, heads, problem.rows, keys)
+    return jnp.where(keep, weights / (1 - rate), 0)
