@@ -103,7 +103,8 @@ class Anchored(Rule):
         # By index, for the gradient: scores formed again in the backward pass may differ in the
         # last bit, and a comparison with the maximum would then find no key at all.
         index = jnp.argmax(rows.depth, axis=-1, keepdims=True)
-        at_best = (jnp.arange(rows.depth.shape[-1]) == index) & rows.where
+        keys = jax.lax.broadcasted_iota(index.dtype, rows.depth.shape, rows.depth.ndim - 1)
+        at_best = (keys == index) & rows.where
         best = jnp.sum(jnp.where(at_best, rows.depth, 0), axis=-1, keepdims=True)
         return _from_relative_gap(1 - excess * best, excess, rows)
 

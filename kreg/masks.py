@@ -9,7 +9,7 @@ from kreg.problem import Problem
 def admissible(problem: Problem) -> Bool[Array, "#B #N T S"]:
     """Combines range, segments, mask and biases of -inf for the problem's block of queries."""
     low, high = key_range(problem)
-    keys = jnp.arange(problem.key.shape[1])
+    keys = jnp.arange(problem.key.shape[1])[None, None, :]
     where = (keys >= low[..., None]) & (keys < high[..., None])
     where = where[:, None]
     if problem.query_segments is not None:

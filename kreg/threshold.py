@@ -56,9 +56,8 @@ def relative_gap(
         step, rho, low, high, done = carry
         moved = steps(rho, low, high)
         # A finished row keeps its bits whatever its neighbours still do.
-        kept = [
-            jnp.where(done, old, new) for old, new in zip((rho, low, high), moved, strict=False)
-        ]
+        old = (rho, low, high)
+        kept = [jnp.where(done, x, y) for x, y in zip(old, moved[:3], strict=True)]
         return step + 1, *kept, done | moved[3]
 
     carry = (0, rho, low, rho, rho != rho)
