@@ -12,13 +12,17 @@ from kreg.problem import Problem
 from kreg.threshold import THRESHOLD
 from kreg.weights import Stats
 
-# Queries a block: enough rows to keep a matrix product busy, few enough for the scores to be small.
-BLOCK = 128
+# A block has at least this many queries, enough to keep a matrix product busy, and more where
+# keys are few: its scores then take about this many bytes.
+_LEAST_ROWS = 128
+_BLOCK_BYTES = 16 * 2**20
 
 
-def attend(problem: Problem, block: int = BLOCK) -> tuple[Float[Array, "B T N V"], Stats]:
+def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats]:
     """Attends block by block."""
-    queries = problem.query.shape[1]
+    batch, queries, heads, _ = problem.query.shape
+    row = batch * heads * problem.key.shape[1] * problem.dtype.itemsize
+    block = max(_LEAST_ROWS, _BLOCK_BYTES // row // _LEAST_ROWS * _LEAST_ROWS)
     if queries <= block:
         return reference.attend(problem)
     marks = problem.per_query()

@@ -1,0 +1,64 @@
+"""One update: loss, gradient, optimizer, compiled together with the state's buffers donated."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Key, PyTree
+
+from kreg.training.state import TrainState
+
+type LossFn = Callable[
+    [PyTree[Array], PyTree[Array], Key[Array, ""]], tuple[Array, dict[str, Array]]
+]
+type StepFn = Callable[[TrainState, PyTree[Array]], tuple[TrainState, dict[str, Array]]]
+
+
+def make_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    compute_dtype: DTypeLike | None = None,
+) -> StepFn:
+    """Compile theta <- theta + tx(grad loss(theta)).
+
+    Args:
+        loss_fn: `(params, batch, key) -> (loss, metrics)`; the key is `fold_in(state.key,
+            state.step)`, another one at every update.
+        tx: the optimizer.
+        compute_dtype: the type the floating-point parameters are cast to for the loss. The
+            parameters themselves, their gradients and the optimizer keep their own type
+            (bfloat16 compute, float32 masters).
+
+    Returns:
+        `step(state, batch) -> (state, metrics)`. It donates `state`: use the returned one.
+        `metrics` holds what loss_fn gave, `loss`, and `grad_norm` before any clipping.
+    """
+
+    def step(state: TrainState, batch: PyTree[Array]) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+
+        def objective(params):
+            loss, metrics = loss_fn(cast(params, compute_dtype), batch, key)
+            return loss.astype(jnp.promote_types(loss.dtype, jnp.float32)), metrics
+
+        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        metrics = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads)}
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1, state.key), metrics
+
+    return partial(jax.jit, donate_argnums=0)(step)
+
+
+def cast(params: PyTree[Array], dtype: DTypeLike | None) -> PyTree[Array]:
+    """Cast the floating-point leaves and leave the others; None changes nothing."""
+    if dtype is None:
+        return params
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+        params,
+    )
