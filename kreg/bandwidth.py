@@ -70,6 +70,7 @@ class Adaptive(Rule):
         h: bandwidth at which scores are measured; one over the square root of the temperature.
 
     Examples:
+        >>> import kreg
         >>> kreg.Adaptive()
         Adaptive(h=1.0)
     """
@@ -91,6 +92,7 @@ class Anchored(Rule):
     ReLUmax with Epanechnikov, softmax with the Gaussian. Never empty, and nothing is solved.
 
     Examples:
+        >>> import kreg
         >>> kreg.Anchored(0.5)
         Anchored(h=0.5)
     """
@@ -118,6 +120,7 @@ class Fixed(Rule):
     admissible keys.
 
     Examples:
+        >>> import kreg
         >>> kreg.Fixed(0.8)
         Fixed(h=0.8)
     """
@@ -145,6 +148,7 @@ class Nearest(Rule):
         h: bandwidth at which scores are measured; matters to the Gaussian alone.
 
     Examples:
+        >>> import kreg
         >>> kreg.Nearest(8)
         Nearest(k=8, h=1.0)
     """

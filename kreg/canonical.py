@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from kreg.bandwidth import Fixed, Rule, check_bandwidth
+from kreg.bandwidth import Adaptive, Fixed, Rule, check_bandwidth
 from kreg.dropout import key_words
-from kreg.kernels import Kernel, check_kernel
+from kreg.kernels import Kernel, biweight, check_kernel
 from kreg.problem import Problem
 
 type Segments = Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
@@ -20,8 +20,8 @@ def canonical(
     bias=None,
     mask=None,
     *,
-    kernel: Kernel,
-    bandwidth: Rule,
+    kernel: Kernel = biweight,
+    bandwidth: Rule = Adaptive(),  # noqa: B008 - immutable
     scale=None,
     is_causal=False,
     causal_offset=0,

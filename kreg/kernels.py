@@ -26,6 +26,7 @@ class Kernel:
         order: r >= 0; 0 is the box, 1 Epanechnikov, 2 biweight, 3 triweight, infinity the Gaussian.
 
     Examples:
+        >>> import kreg
         >>> kreg.biweight.order, kreg.biweight.alpha
         (2, 1.5)
         >>> float(kreg.epanechnikov(0.5))
@@ -56,6 +57,7 @@ class Kernel:
         Unlike `Kernel(1 / (alpha - 1))` this is differentiable in alpha at alpha = 1.
 
         Examples:
+            >>> import kreg
             >>> kreg.Kernel.from_alpha(1.5) == kreg.biweight
             True
         """
@@ -125,6 +127,7 @@ def rectified_polynomial(order: float | ArrayLike) -> Kernel:
     r"""Makes the kernel $K_r(u) = [1 - u^2]_+^r$ of any real order r > 0, number or array.
 
     Examples:
+        >>> import kreg
         >>> kreg.rectified_polynomial(4).alpha
         1.25
     """

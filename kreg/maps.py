@@ -24,8 +24,10 @@ def softmax(
     Unlike `jax.nn.softmax`, a row with nothing admissible gives 0, not NaN.
 
     Examples:
-        >>> kreg.softmax(jnp.array([0.0, 0.0]))
-        Array([0.5, 0.5], dtype=float32)
+        >>> import jax.numpy as jnp
+        >>> import kreg
+        >>> kreg.softmax(jnp.array([0.0, 0.0])).tolist()
+        [0.5, 0.5]
     """
     return _map(x, axis, where, gaussian, Adaptive())
 
@@ -36,8 +38,10 @@ def sparsemax(
     r"""Projects scores onto the simplex, $p_j = [x_j - \tau]_+$: Epanechnikov, adaptive bandwidth.
 
     Examples:
-        >>> kreg.sparsemax(jnp.array([1.0, 0.5, -1.0]))
-        Array([0.75, 0.25, 0.  ], dtype=float32)
+        >>> import jax.numpy as jnp
+        >>> import kreg
+        >>> kreg.sparsemax(jnp.array([1.0, 0.5, -1.0])).tolist()
+        [0.75, 0.25, 0.0]
 
     References:
         Martins and Astudillo, `From Softmax to Sparsemax
@@ -52,8 +56,10 @@ def entmax15(
     r"""Maps scores to $p_j = [x_j/2 - \tau]_+^2$: biweight, adaptive bandwidth.
 
     Examples:
-        >>> kreg.entmax15(jnp.array([1.0, 1.0, -2.0]))
-        Array([0.5, 0.5, 0. ], dtype=float32)
+        >>> import jax.numpy as jnp
+        >>> import kreg
+        >>> kreg.entmax15(jnp.array([1.0, 1.0, -2.0])).tolist()
+        [0.5, 0.5, 0.0]
 
     References:
         Peters et al., `Sparse Sequence-to-Sequence Models
@@ -81,8 +87,10 @@ def entmax(
         ValueError: a concrete alpha below 1, or an alpha of the wrong shape.
 
     Examples:
-        >>> kreg.entmax(jnp.array([1.0, 0.5, -1.0]), alpha=2.0)
-        Array([0.75, 0.25, 0.  ], dtype=float32)
+        >>> import jax.numpy as jnp
+        >>> import kreg
+        >>> kreg.entmax(jnp.array([1.0, 0.5, -1.0]), alpha=2.0).tolist()
+        [0.75, 0.25, 0.0]
 
     References:
         Peters et al., `Sparse Sequence-to-Sequence Models
@@ -107,8 +115,10 @@ def relumax(
     r"""Maps scores to $p_j \propto [x_j - \max x + 1]_+$: Epanechnikov anchored on the best key.
 
     Examples:
-        >>> kreg.relumax(jnp.array([1.0, 0.5, -1.0])).round(3)
-        Array([0.667, 0.333, 0.   ], dtype=float32)
+        >>> import jax.numpy as jnp
+        >>> import kreg
+        >>> kreg.relumax(jnp.array([1.0, 0.5, -1.0])).tolist()
+        [0.667, 0.333, 0.0]
 
     References:
         Santos et al., `Sparse Attention as Compact Kernel Regression
@@ -132,8 +142,10 @@ def normalized_relu(
         where: admissible entries.
 
     Examples:
-        >>> kreg.normalized_relu(jnp.array([3.0, 1.0, -1.0]))
-        Array([0.75, 0.25, 0.  ], dtype=float32)
+        >>> import jax.numpy as jnp
+        >>> import kreg
+        >>> kreg.normalized_relu(jnp.array([3.0, 1.0, -1.0])).tolist()
+        [0.75, 0.25, 0.0]
     """
     x = _scores(x)
     threshold = jnp.asarray(threshold, jnp.promote_types(x.dtype, jnp.float32))
@@ -149,8 +161,10 @@ def topk_softmax(
     r"""Applies softmax to the scores $x_j \ge x_{(k)}$, ties included: a truncated Gaussian.
 
     Examples:
-        >>> kreg.topk_softmax(jnp.array([1.0, 1.0, 0.0]), k=2)
-        Array([0.5, 0.5, 0. ], dtype=float32)
+        >>> import jax.numpy as jnp
+        >>> import kreg
+        >>> kreg.topk_softmax(jnp.array([1.0, 1.0, 0.0]), k=2).tolist()
+        [0.5, 0.5, 0.0]
     """
     return _map(x, axis, where, gaussian, Nearest(k))
 
@@ -161,8 +175,10 @@ def topk_uniform(
     r"""Weighs the scores $x_j \ge x_{(k)}$ equally, ties included: kNN regression.
 
     Examples:
-        >>> kreg.topk_uniform(jnp.array([3.0, 2.0, 0.0]), k=2)
-        Array([0.5, 0.5, 0. ], dtype=float32)
+        >>> import jax.numpy as jnp
+        >>> import kreg
+        >>> kreg.topk_uniform(jnp.array([3.0, 2.0, 0.0]), k=2).tolist()
+        [0.5, 0.5, 0.0]
     """
     return _map(x, axis, where, box, Nearest(k))
 

@@ -41,11 +41,13 @@ def nadaraya_watson(
         ValueError: an argument of the wrong shape or value, named.
 
     Examples:
+        >>> import jax.numpy as jnp
+        >>> import kreg
         >>> x = jnp.array([[0.0], [1.0], [2.0]])
         >>> kreg.nadaraya_watson(
         ...     jnp.array([[0.5]]), x, x, kernel=kreg.epanechnikov, bandwidth=kreg.Fixed(1.0)
-        ... )
-        Array([[0.5]], dtype=float32)
+        ... ).tolist()
+        [[0.5]]
 
     References:
         Nadaraya, `On Estimating Regression <https://doi.org/10.1137/1109020>`_, 1964;
