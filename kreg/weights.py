@@ -107,5 +107,6 @@ def _residual(rows: Rows, kernel: Kernel, cut: Cut) -> Float[Array, "*rows"]:
     g, _ = norm(kernel, rows.depth, excess, 1 / cut.steepness)
     deepest = jnp.min(rows.depth, axis=-1, keepdims=True, where=rows.where, initial=0)
     largest = jnp.maximum(jnp.abs(rows.best), jnp.abs(rows.best + deepest))
-    rounding = jnp.finfo(dtype).eps * (16 * (1 + largest) + 4 * order)
+    # Stats are float32, whatever the scores are.
+    rounding = jnp.finfo(jnp.float32).eps * (16 * (1 + largest) + 4 * order)
     return (jnp.abs(g - 1) * order + rounding)[..., 0]

@@ -1,4 +1,4 @@
-"""Settings of every test: quiet CPU JAX, strict rank promotion, where the golden folders are."""
+"""Settings of every test: quiet CPU JAX, strict rank promotion, the core's doctests marked."""
 
 import os
 from pathlib import Path
@@ -10,11 +10,14 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+CORE = Path(__file__).resolve().parent.parent / "kreg"
 
-def _folder(variable: str) -> Path | None:
-    """The folder a variable names, or None where it is not set."""
-    value = os.environ.get(variable)
-    return Path(value) if value else None
+
+def pytest_collection_modifyitems(items):
+    """The examples of the pure core, which are no functions to decorate, belong to the core too."""
+    for item in items:
+        if item.path.parent == CORE:
+            item.add_marker(pytest.mark.core)
 
 
 @pytest.fixture

@@ -1,0 +1,75 @@
+# Every target makes the Python environment it needs; see .ci/bootstrap.py for how it is chosen.
+PYTHON ?= python3
+OUT ?= runs/demo
+ARGS ?=
+PYTEST_ARGS ?= -n auto --maxprocesses=4 --durations=15
+
+METHODS = softmax epanechnikov biweight triweight norm_relu relumax
+PY = .venv/bin/python
+BOOTSTRAP = $(PYTHON) .ci/bootstrap.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test core lint format figures hardware pins clean
+
+help:
+	@echo "kreg: attention as kernel regression. No set-up is needed: each command installs what it needs"
+	@echo "into .venv the first time (about 150 MB to download) and starts at once afterwards."
+	@echo
+	@echo "  make demo      train small Memory Mosaics with six kernels on unseen automata; a table and a"
+	@echo "                 figure in runs/demo (5 minutes on 2 cores; stop it and it goes on next time)"
+	@echo "  make figures   the kernels, their attention maps and bandwidths, drawn into runs/figures"
+	@echo "  make test      all tests; one file: make test ARGS=tests/test_package.py"
+	@echo "  make lint      ruff and pyrefly; make format rewrites the files"
+	@echo "  make hardware  on a machine with a GPU or TPU: tests, timings, the next slice of the long runs"
+	@echo "  make clean     remove the environments and caches; results in runs/ stay"
+	@echo
+	@echo "  then           source .venv/bin/activate && python -m experiments.in_context --help"
+	@echo "  variables      PYTHON=/path/to/python3       runs the set-up"
+	@echo "                 KREG_PYTHON=/path/to/python   the interpreter (>= 3.12) of the environment"
+	@echo "                 KREG_UV=0                     install with venv and pip, not with uv"
+
+demo:
+	@$(BOOTSTRAP)
+	@$(PY) -m experiments.in_context --preset smoke --methods $(METHODS) --out $(OUT) $(ARGS)
+
+figures:
+	@$(BOOTSTRAP)
+	@$(PY) -m experiments.kernel_figures --out runs/figures $(ARGS)
+
+test:
+	@$(BOOTSTRAP)
+	@$(PY) -m pytest $(PYTEST_ARGS) $(ARGS)
+
+# The part of the tests that must also pass on the oldest jax that is supported.
+core:
+	@$(BOOTSTRAP) oldest
+	@.venv-oldest/bin/python -m pytest -m core $(PYTEST_ARGS) $(ARGS)
+
+lint:
+	@$(BOOTSTRAP) user lint
+	@.venv-lint/bin/ruff check .
+	@.venv-lint/bin/ruff format --check .
+	@.venv-lint/bin/pyrefly check --python-interpreter-path $(PY)
+
+format:
+	@$(BOOTSTRAP) lint
+	@.venv-lint/bin/ruff check --fix .
+	@.venv-lint/bin/ruff format .
+
+hardware:
+	@python=$$($(PYTHON) .ci/accelerator.py) && $$python -m experiments.hardware $(ARGS)
+
+# Renew the pinned versions (needs uv). Neither addresses nor comments go into these files.
+COMPILE = uv pip compile --quiet --universal --python-version 3.12 --upgrade --generate-hashes \
+	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
+pins:
+	$(COMPILE) pyproject.toml --extra experiments --group test -o .ci/requirements.txt
+	echo 'jax==0.11.2' | $(COMPILE) pyproject.toml --extra experiments --group test -c - \
+		-o .ci/requirements-oldest.txt
+	$(COMPILE) --group lint --no-deps -o .ci/requirements-lint.txt
+	echo uv | $(COMPILE) - -o .ci/requirements-uv.txt
+	! grep -n http .ci/requirements*.txt
+
+clean:
+	rm -rf .venv .venv-oldest .venv-lint .cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
