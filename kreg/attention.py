@@ -1,13 +1,42 @@
 r"""Attention as regression: `jax.nn.dot_product_attention` with a kernel and a bandwidth rule."""
 
+from typing import Literal, Unpack, overload
+
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from kreg import implementations
 from kreg.bandwidth import Adaptive, Rule
-from kreg.canonical import Segments, canonical
+from kreg.canonical import Options, Segments, canonical
 from kreg.kernels import Kernel, biweight
 from kreg.weights import Stats
+
+
+# Options names every keyword; that it admits no others cannot be said before Python 3.15.
+@overload
+def attention(  # pyrefly: ignore[inconsistent-overload]
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K V"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Float[Array, "*B T N V"], Stats]: ...
+
+
+@overload
+def attention(  # pyrefly: ignore[inconsistent-overload]
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K V"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Float[Array, "*B T N V"]: ...
 
 
 def attention(

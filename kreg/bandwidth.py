@@ -42,11 +42,12 @@ class Rule:
 
     h: ArrayLike
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple[ArrayLike], int | None]:
         return (self.h,), None
 
     @classmethod
-    def tree_unflatten(cls, _, children):
+    def tree_unflatten(cls, static: int | None, children: tuple[ArrayLike]) -> "Rule":
+        # Not by __init__: leaves may be anything while JAX transforms a tree.
         rule = object.__new__(cls)
         (rule.h,) = children
         return rule
@@ -158,13 +159,15 @@ class Nearest(Rule):
     def __init__(self, k: int, h: ArrayLike = 1.0):
         self.k, self.h = k, h
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple[ArrayLike], int | None]:
         return (self.h,), self.k
 
     @classmethod
-    def tree_unflatten(cls, k, children):
+    def tree_unflatten(cls, static: int | None, children: tuple[ArrayLike]) -> "Rule":
         rule = object.__new__(cls)
-        rule.k, (rule.h,) = k, children
+        (rule.h,) = children
+        if static is not None:
+            rule.k = static
         return rule
 
     def __repr__(self) -> str:

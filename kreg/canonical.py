@@ -1,5 +1,7 @@
 """From the arguments of `attention` to a `Problem`: every check of shapes, types and values."""
 
+from typing import TypedDict
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,25 @@ from kreg.kernels import Kernel, biweight, check_kernel
 from kreg.problem import Problem
 
 type Segments = Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
+
+
+class Options(TypedDict, total=False):
+    """The options of `attention` by keyword, but for `return_stats`; it says what they mean."""
+
+    kernel: Kernel
+    bandwidth: Rule
+    scale: float | None
+    is_causal: bool
+    causal_offset: int | Int[Array, " B"]
+    query_seq_lengths: Int[Array, " B"] | None
+    key_value_seq_lengths: Int[Array, " B"] | None
+    segment_ids: Segments | None
+    local_window_size: int | tuple[int, int] | None
+    logits_soft_cap: float | None
+    dropout_rate: float
+    dropout_key: Array | None
+    precision: jax.lax.PrecisionLike
+    implementation: str | None
 
 
 def canonical(

@@ -6,6 +6,7 @@ the Gaussian (a = 0), so that one compiled function serves all orders and is dif
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,9 @@ class Kernel:
 
     __slots__ = ("_excess", "_order")
 
+    # One of the two is None: a static order, or an array of excesses.
     _order: float | None
-    _excess: Array | None
+    _excess: Any
 
     def __init__(self, order: float | ArrayLike):
         if isinstance(order, (int, float, np.generic)):
@@ -70,12 +72,12 @@ class Kernel:
     @property
     def is_static(self) -> bool:
         """True where the order is a Python number, known when the function is traced."""
-        return self._excess is None
+        return self._order is not None
 
     @property
     def order(self) -> float | Array:
         """The exponent r."""
-        return self._order if self._excess is None else 1 / self._excess
+        return 1 / self._excess if self._order is None else self._order
 
     @property
     def alpha(self) -> float | Array:
@@ -85,7 +87,7 @@ class Kernel:
     @property
     def excess(self) -> float | Array:
         """The number a = 1/r = alpha - 1."""
-        if self._excess is not None:
+        if self._order is None:
             return self._excess
         return math.inf if self._order == 0 else 1 / self._order
 
@@ -100,7 +102,7 @@ class Kernel:
         return jnp.where(inside, jnp.where(inside, 1 - u * u, 1) ** self.order, 0)
 
     def tree_flatten(self):
-        return ((), self._order) if self._excess is None else ((self._excess,), None)
+        return ((self._excess,), None) if self._order is None else ((), self._order)
 
     @classmethod
     def tree_unflatten(cls, order, children):
@@ -139,7 +141,7 @@ def check_kernel(kernel: Kernel) -> None:
     if not isinstance(kernel, Kernel):
         raise ValueError(f"kernel: expected a kreg.Kernel such as kreg.biweight, got {kernel!r}")
     order = kernel._order
-    if kernel.is_static and not (order >= 0):
+    if order is not None and not order >= 0:
         raise ValueError(f"kernel: expected an order r >= 0 (alpha >= 1), got order {order}")
     excess = kernel._excess
     if excess is not None and not isinstance(excess, jax.core.Tracer):

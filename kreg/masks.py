@@ -12,7 +12,7 @@ def admissible(problem: Problem) -> Bool[Array, "#B #N T S"]:
     keys = jnp.arange(problem.key.shape[1])[None, None, :]
     where = (keys >= low[..., None]) & (keys < high[..., None])
     where = where[:, None]
-    if problem.query_segments is not None:
+    if problem.query_segments is not None and problem.key_segments is not None:
         same = problem.query_segments[:, :, None] == problem.key_segments[:, None, :]
         where &= same[:, None]
     if problem.mask is not None:

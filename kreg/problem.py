@@ -46,7 +46,7 @@ class Problem:
     window: tuple[int, int] | None
     soft_cap: float | None
     dropout_rate: float
-    precision: object
+    precision: jax.lax.PrecisionLike
 
     @property
     def dtype(self):

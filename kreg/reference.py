@@ -3,7 +3,7 @@ r"""Attention, dense: the definition, one line a step, on the whole score matrix
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt32
 
 from kreg.dropout import keep_mask
 from kreg.masks import admissible, plain
@@ -26,7 +26,7 @@ def attend_rows(
     z, fixed = scores(problem, where)
     weights, stats = weigh(z, jnp.broadcast_to(where, z.shape), problem.kernel, problem.rule, fixed)
     if problem.dropout_key is not None:
-        weights = _drop(problem, weights)
+        weights = _drop(problem, problem.dropout_key, weights)
     values = problem.value.astype(problem.dtype)
     heads = values.shape[2]
     weights = weights.reshape(z.shape[0], heads, -1, *z.shape[2:])
@@ -56,7 +56,7 @@ def scores(
         s = problem.soft_cap * jnp.tanh(s / problem.soft_cap)
     # Before the division, whose gradient multiplies by the scores.
     s = jnp.where(where, s, 0)
-    squeeze = 1 / jnp.square(problem.rule.h.astype(dtype))
+    squeeze = 1 / jnp.square(jnp.asarray(problem.rule.h, dtype))
     return s * squeeze, squeeze - 0.5
 
 
@@ -83,8 +83,10 @@ def seen_keys(problem: Problem, where: Bool[Array, "#B #N T S"]) -> Bool[Array, 
     return jnp.swapaxes(seen, 1, 2)
 
 
-def _drop(problem: Problem, weights: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
+def _drop(
+    problem: Problem, words: UInt32[Array, " 2"], weights: Float[Array, "B N T S"]
+) -> Float[Array, "B N T S"]:
     batch, heads, _, keys = weights.shape
     rate = problem.dropout_rate
-    keep = keep_mask(problem.dropout_key, rate, batch, heads, problem.rows, keys)
+    keep = keep_mask(words, rate, batch, heads, problem.rows, keys)
     return jnp.where(keep, weights / (1 - rate), 0)

@@ -55,7 +55,7 @@ def weigh(
 
 def is_gaussian(kernel: Kernel) -> bool:
     """True where the kernel is known to be the Gaussian when the function is traced."""
-    return kernel.is_static and kernel.order == float("inf")
+    return kernel.is_static and bool(kernel.order == float("inf"))
 
 
 def _rows(scores: Float[Array, "*rows n"], where: Bool[Array, "*#rows n"]) -> Rows:

@@ -1,1 +1,11 @@
 """Flax NNX modules: they hold parameters and call the functions of kreg."""
+
+from kreg.nn.config import MosaicConfig as MosaicConfig
+from kreg.nn.convert import from_torch as from_torch
+from kreg.nn.convert import to_torch as to_torch
+from kreg.nn.generate import generate as generate
+from kreg.nn.leaky import LeakyAverage as LeakyAverage
+from kreg.nn.leaky import leaky_average as leaky_average
+from kreg.nn.memory import ContextualMemory as ContextualMemory
+from kreg.nn.memory import PersistentMemory as PersistentMemory
+from kreg.nn.mosaic import MemoryMosaic as MemoryMosaic
