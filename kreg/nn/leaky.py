@@ -16,7 +16,7 @@ _CHUNK = 32
 
 
 def magnitude(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """Return |x|, with derivative 0 at 0 as in the released model (that of `jnp.abs` is 1 there)."""
+    """Return |x| with derivative 0 at 0, as in the released model; `jnp.abs` has 1 there."""
     return jnp.sign(x) * x
 
 

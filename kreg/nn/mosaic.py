@@ -54,12 +54,12 @@ class Block(nnx.Module):
     ) -> Float[Array, "B T C"]:
         """Map the stream of whole sequences."""
         for_context, for_memory = split_key(dropout_key)
-        y = self.contextual_norm(x)
+        y = self.contextual_norm(x).astype(x.dtype)
         x = x if self.pre_norm else y
         x = x + self.contextual(y, documents, dropout_key=for_context)
         if self.persistent is None or self.persistent_norm is None:
             return x
-        y = self.persistent_norm(x)
+        y = self.persistent_norm(x).astype(x.dtype)
         x = x if self.pre_norm else y
         return x + self.persistent(y, documents, dropout_key=for_memory)
 
@@ -81,12 +81,12 @@ class Block(nnx.Module):
     ) -> tuple[tuple[ContextCache, PersistentCache | None], Float[Array, "B C"]]:
         """Map the stream of one position."""
         context, memory = cache
-        y = self.contextual_norm(x)
+        y = self.contextual_norm(x).astype(x.dtype)
         context, answer = self.contextual.step(context, y, position)
         x = (x if self.pre_norm else y) + answer
         if self.persistent is None or self.persistent_norm is None or memory is None:
             return (context, memory), x
-        y = self.persistent_norm(x)
+        y = self.persistent_norm(x).astype(x.dtype)
         memory, answer = self.persistent.step(memory, y)
         return (context, memory), (x if self.pre_norm else y) + answer
 
@@ -148,7 +148,7 @@ class MemoryMosaic(nnx.Module):
 
         def body(x, layer):
             block, key = layer
-            return block(x, documents, dropout_key=key), None
+            return block(x, documents, dropout_key=key).astype(x.dtype), None
 
         body = jax.checkpoint(body) if self.config.remat else body
         x, _ = jax.lax.scan(body, self.embedding[...][tokens], (self.blocks, keys))
@@ -182,8 +182,8 @@ class MemoryMosaic(nnx.Module):
 
         def body(x, layer):
             block, kept = layer
-            kept, x = block.step(kept, x, position)
-            return x, kept
+            kept, y = block.step(kept, x, position)
+            return y.astype(x.dtype), kept
 
         x, cache = jax.lax.scan(body, self.embedding[...][token], (self.blocks, cache))
         return cache, self.logits(x)

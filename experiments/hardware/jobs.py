@@ -1,0 +1,115 @@
+"""The jobs of a queue file, and how far each one is, read from its folder of runs."""
+
+import re
+import shlex
+import statistics
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.in_context.command_line import parse
+from experiments.in_context.config import Config, check
+from experiments.in_context.results import EXPERIMENT, Run, read_experiment
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command of in-context learning and the folder of its runs."""
+
+    name: str
+    arguments: tuple[str, ...]
+    folder: Path
+
+    def config(self, minutes: float | None = None) -> Config:
+        """Return the command's config, stopping after so many minutes.
+
+        Raises:
+            ValueError: the words make no config; the message names the job.
+        """
+        words = [*self.arguments, "--out", str(self.folder)]
+        words += [] if minutes is None else ["--time-limit", str(minutes)]
+        try:
+            config = parse(words)
+            check(config)
+        except (ValueError, SystemExit) as error:
+            raise ValueError(f"job {self.name!r}: {error}") from error
+        return config
+
+    def runs(self) -> list[Run]:
+        """Return the runs that the folder holds."""
+        return read_experiment(self.folder).runs if (self.folder / EXPERIMENT).is_file() else []
+
+
+def read_queue(file: Path, out: Path) -> list[Job]:
+    """Read the jobs of a file, whose runs live in folders below `out`.
+
+    Raises:
+        ValueError: the file is not a queue; the message names it.
+    """
+    try:
+        tables = tomllib.loads(file.read_text())["job"]
+        jobs = [Job(t["name"], tuple(shlex.split(t["arguments"])), out / t["name"]) for t in tables]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: expected [[job]] tables with name, arguments: {error}"
+        ) from error
+    names = [job.name for job in jobs]
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+", name) or names.count(name) > 1:
+            raise ValueError(f"{file}: expected names fit for folders, none twice, got {name!r}")
+    return jobs
+
+
+def state(job: Job, pace: float | None) -> dict[str, Any]:
+    """Say how far a job is.
+
+    Args:
+        pace: steps a second to reckon with where the job itself has none yet.
+    """
+    config = job.config()
+    runs = [r for r in job.runs() if r.method in config.methods and r.seed in config.seeds]
+    count = len(config.methods) * len(config.seeds)
+    done = [_steps(run, config) for run in runs]
+    own = _pace(runs)
+    left = count * config.steps - sum(done)
+    finished = [run for run in runs if run.finished]
+    name = "done" if len(finished) == count else "in progress" if any(done) else "waiting"
+    speed = own or pace
+    return {
+        "name": job.name,
+        "state": name,
+        "runs_done": len(finished),
+        "runs": count,
+        "steps_done": sum(done),
+        "steps": count * config.steps,
+        "steps_per_second": own,
+        "hours_left": 0.0 if name == "done" else left / speed / 3600 if speed else None,
+        "in_progress": [
+            {"method": run.method, "seed": run.seed, "step": steps, "steps": config.steps}
+            for run, steps in zip(runs, done, strict=True)
+            if steps and not run.finished
+        ],
+        "results": [_result(run) for run in finished],
+        "arguments": list(job.arguments),
+        "folder": str(job.folder),
+    }
+
+
+def _steps(run: Run, config: Config) -> int:
+    """The steps in a run's log, which may be a little ahead of its last checkpoint."""
+    return config.steps if run.finished else max((e["step"] for e in run.events), default=0)
+
+
+def _pace(runs: list[Run]) -> float | None:
+    """Steps a second, evaluations and start-up included: what the clock of the runs' logs says."""
+    ends = [max(run.events, key=lambda event: event["step"]) for run in runs if run.events]
+    speeds = [end["step"] / end["seconds"] for end in ends if end["step"] and end.get("seconds")]
+    return statistics.median(speeds) if speeds else None
+
+
+def _result(run: Run) -> dict[str, Any]:
+    kept = ("accuracy", "tvd", "kl", "steps", "seconds", "best_step")
+    numbers = run.result or {}
+    found = {name: numbers[name] for name in kept if name in numbers}
+    return {"method": run.method, "seed": run.seed} | found

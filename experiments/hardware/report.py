@@ -1,0 +1,47 @@
+"""Where results go: a JSON file a part, whole at every moment, and a copy to be committed."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.hardware.device import slug
+from experiments.in_context.results import write_json
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write parts below `out`, and copies named after the device below `results`."""
+
+    out: Path
+    results: Path | None
+    about: dict[str, Any]
+
+    def write(self, part: str, content: dict[str, Any]) -> None:
+        """Replace the file of a part by what is known now."""
+        whole = _plain(self.about | content)
+        write_json(self.out / f"{part}.json", whole)
+        if self.results is not None:
+            write_json(self.results / f"{slug(self.about)}-{part}.json", whole)
+
+
+def say(line: str) -> None:
+    """Print a line at once: whoever stops the command has seen what there was."""
+    print(line, flush=True)
+
+
+def one_line(error: BaseException) -> str:
+    """Put an error into a line: its type and the first line of its message."""
+    words = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {words[0][:300]}"
+
+
+def _plain(value: Any) -> Any:
+    """Spell the numbers that JSON lacks."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

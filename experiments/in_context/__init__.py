@@ -1,0 +1,1 @@
+"""In-context learning of unseen random automata with Memory Mosaics."""

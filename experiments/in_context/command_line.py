@@ -1,0 +1,114 @@
+"""From words to a `Config`: tyro, or argparse with the same options where tyro is missing."""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn
+
+from experiments.in_context.config import PRESETS, Config
+
+PROGRAM = "python -m experiments.in_context"
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """Return the preset that the arguments name, with the options that they override.
+
+    Raises:
+        ValueError: no such preset.
+        SystemExit: --help, or an option that cannot be read; it has been explained.
+    """
+    default = PRESETS[_preset(arguments)]
+    try:
+        import tyro
+    except ImportError:
+        return _parse_plainly(arguments, default)
+    return tyro.cli(Config, args=arguments, default=default, prog=PROGRAM)
+
+
+def _preset(arguments: Sequence[str]) -> str:
+    # Read ahead of the other options, because the preset decides their defaults.
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    reader.add_argument("--preset", default=Config().preset, nargs="?")
+    name = reader.parse_known_args(arguments)[0].preset
+    if name not in PRESETS:
+        raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return name
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def _parse_plainly(arguments: Sequence[str], default: Config) -> Config:
+    """Parse as tyro would: an option a field, dotted where a field is itself a dataclass."""
+    wide = argparse.ArgumentDefaultsHelpFormatter
+    parser = _Parser(
+        prog=PROGRAM, description=inspect.getdoc(Config), formatter_class=wide, allow_abbrev=False
+    )
+    _add_options(parser, default, prefix="")
+    given = vars(parser.parse_args(arguments))
+    return _replace(default, given, prefix="")
+
+
+def _add_options(parser: argparse.ArgumentParser, default: Any, prefix: str) -> None:
+    hints, helps = typing.get_type_hints(type(default)), _field_docs(type(default))
+    for field in dataclasses.fields(default):
+        name, value = f"{prefix}{field.name}", getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            _add_options(parser, value, prefix=f"{name}.")
+            continue
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            default=value,
+            help=helps.get(field.name, " ").replace("%", "%%"),
+            **_reading(hints[field.name]),
+        )
+
+
+def _reading(hint: Any) -> dict[str, Any]:
+    """How argparse reads a value of a type: one word, one of a few, or several."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return {"choices": arguments}
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = _reading(next(a for a in arguments if a is not type(None)))
+        reader, choices = inner.get("type", str), inner.get("choices")
+        reading = {"type": lambda word: None if word == "None" else reader(word)}
+        return reading | ({"choices": (*choices, None)} if choices else {})
+    if typing.get_origin(hint) is tuple:
+        return {"type": arguments[0], "nargs": "*" if arguments[-1] is ... else len(arguments)}
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": hint}
+
+
+def _replace[T](default: T, given: dict[str, Any], prefix: str) -> T:
+    changes = {}
+    for field in dataclasses.fields(default):
+        name, value = f"{prefix}{field.name}", getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = _replace(value, given, prefix=f"{name}.")
+        else:
+            word = given[name]
+            changes[field.name] = tuple(word) if isinstance(word, list) else word
+    return dataclasses.replace(default, **changes)
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The strings below the fields of a dataclass, where tyro finds its help, too."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    return {
+        before.target.id: " ".join(after.value.value.split())
+        for before, after in itertools.pairwise(body)
+        if isinstance(before, ast.AnnAssign)
+        and isinstance(after, ast.Expr)
+        and isinstance(after.value, ast.Constant)
+    }

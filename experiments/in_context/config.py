@@ -1,0 +1,173 @@
+"""What a command of this experiment can be told, and the presets it starts from."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.methods import PAPER, method
+from experiments.regbench import AutomataConfig
+
+
+@dataclass(frozen=True)
+class Data:
+    """The benchmark: a token sequence per random automaton, the same for all methods and seeds."""
+
+    train: int = 1000
+    """Automata to learn from; the published ladder is 1000, 2500, 5000, 10000, 20000, 40000."""
+    validation: int = 500
+    """Held-out automata that choose the checkpoint."""
+    test: int = 500
+    """Held-out automata that the result is measured on."""
+    seed: int = 0
+    """Seed of the benchmark; the runs' own seeds do not touch it."""
+    automata: AutomataConfig = field(default_factory=AutomataConfig)
+    """The distribution of automata and of their strings."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Memory Mosaics; the method only changes how its contextual memories are read."""
+
+    layers: int = 2
+    """Blocks of a contextual and a persistent memory."""
+    heads: int = 8
+    """Memories side by side in a block."""
+    width: int = 128
+    """Embedding size."""
+    slots: int = 448
+    """Learned pairs of every persistent memory."""
+    attention_dropout: float = 0.05
+    """Dropout of the regression weights."""
+    hidden_dropout: float = 0.05
+    """Dropout after every output projection."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """AdamW with weight decay on every parameter, warm-up over a tenth of the steps, cosine."""
+
+    epochs: int = 200
+    """Passes over the training sequences."""
+    batch_size: int = 32
+    """Sequences in a step; the last batch of an epoch may be smaller."""
+    learning_rate: float = 1e-4
+    """Peak learning rate; it ends at a tenth of it."""
+    weight_decay: float = 0.01
+    """Decay of every parameter, as the benchmark's own trainer does it."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    evaluations: int = 200
+    """Evaluations on the validation automata; the lowest loss among them is tested."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train Memory Mosaics on random automata and test them on unseen ones.
+
+    A sequence holds a few strings of one random automaton; the model has to infer the automaton
+    from the strings it has read. One run a method and seed; finished runs are skipped, unfinished
+    ones go on. `table OUT...` and `figure OUT...` in place of the options redo the table and the
+    figure from the folders. Exit status: 0 done, 2 impossible, 3 stopped with runs left to do.
+    """
+
+    preset: Literal["smoke", "small", "paper"] = "smoke"
+    """Where all other options start from. smoke: tiny automata, half a minute a method on a laptop.
+    small: the official automata cut to 256 tokens, 12 minutes a method. paper: the published
+    setting, for an accelerator; choose --data.train."""
+    methods: tuple[str, ...] = tuple(PAPER)
+    """The paper's names (softmax, triweight, biweight, epanechnikov, norm_relu, relumax,
+    top16_softmax, top16_uniform, entmax:1.25) or any kernel@rule (biweight@anchored,
+    triweight@fixed, epanechnikov@nearest:8)."""
+    seeds: tuple[int, ...] = (0,)
+    """A run each: initial weights, order of the data and dropout."""
+    out: Path | None = None
+    """Folder of the runs; by default runs/in_context/ and the preset with what departs from it."""
+    time_limit: float | None = None
+    """Stop cleanly after this many minutes; the same command goes on from there."""
+    compat: Literal["dense", "eft"] | None = None
+    """Compute the methods as one of the authors' two files does, faults included."""
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the runs: `out`, or a name made of the preset and what departs from it."""
+        if self.out is not None:
+            return self.out
+        name = self.preset
+        if self.preset == "paper" or self.data.train != PRESETS[self.preset].data.train:
+            name += f"-n{self.data.train}"
+        return Path("runs/in_context") / (f"{name}-{self.compat}" if self.compat else name)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.data.train / self.training.batch_size)
+
+    @property
+    def steps(self) -> int:
+        return self.steps_per_epoch * self.training.epochs
+
+    def experiment(self) -> dict[str, Any]:
+        """Return what the runs of a folder share: all that matters but method and seed."""
+        shared = ("preset", "compat", "data", "model", "training")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name in shared}
+
+
+SMOKE = Config(
+    preset="smoke",
+    data=Data(
+        train=4000,
+        validation=100,
+        test=200,
+        automata=AutomataConfig(
+            letters=6,
+            min_nodes=3,
+            max_nodes=6,
+            max_alphabet=6,
+            max_out_degree=2,
+            min_words=4,
+            max_words=8,
+            max_word_length=20,
+            max_tokens=64,
+        ),
+    ),
+    model=Model(layers=2, heads=4, width=64, slots=32),
+    training=Training(epochs=2, batch_size=16, learning_rate=3e-3, evaluations=10),
+)
+SMALL = Config(
+    preset="small",
+    data=Data(train=16000, validation=200, test=500, automata=AutomataConfig(max_tokens=256)),
+    model=Model(layers=2, heads=4, width=64, slots=64),
+    training=Training(epochs=4, batch_size=16, learning_rate=3e-3, evaluations=20),
+)
+PRESETS = {"smoke": SMOKE, "small": SMALL, "paper": Config(preset="paper")}
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for a value that no run could start with, before anything is written."""
+    for field_name in ("methods", "seeds"):
+        given = getattr(config, field_name)
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"--{field_name}: expected one or more, none twice, got {given}")
+    for name in config.methods:
+        method(name)
+    counts = {
+        "data": ("train", "validation", "test"),
+        "model": ("layers", "heads", "width", "slots"),
+    }
+    counts["training"] = ("epochs", "batch_size", "evaluations")
+    for part, names in counts.items():
+        for name in names:
+            if (value := getattr(getattr(config, part), name)) < 1:
+                option = f"--{part}.{name.replace('_', '-')}"
+                raise ValueError(f"{option}: expected at least 1, got {value}")
+    if config.model.width % config.model.heads:
+        raise ValueError(
+            f"--model.width: expected a multiple of --model.heads {config.model.heads}, "
+            f"got {config.model.width}"
+        )
+    if config.time_limit is not None and not config.time_limit > 0:
+        raise ValueError(f"--time-limit: expected a positive number, got {config.time_limit}")

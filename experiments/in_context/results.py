@@ -1,0 +1,132 @@
+"""The folders of an experiment: who writes what, and reading it back.
+
+OUT/experiment.json           what all runs in OUT share (and how large the benchmark came out)
+OUT/baselines.json            the n-gram baselines on the same positions
+OUT/METHOD/seedK/run.json     method, seed, experiment, versions, commit, device
+                 metrics.jsonl, checkpoints/
+                 result.json  written once, when the run has been tested
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.methods import folder_name, rank
+from kreg.training.metrics import read_metrics
+
+EXPERIMENT, BASELINES, RUN, RESULT = (
+    f"{name}.json" for name in ("experiment", "baselines", "run", "result")
+)
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method and seed, as its folder tells it."""
+
+    folder: Path
+    method: str
+    seed: int
+    result: dict[str, Any] | None
+    events: list[dict[str, Any]]
+
+    @property
+    def finished(self) -> bool:
+        return self.result is not None
+
+    def state(self, steps: int) -> str:
+        """Say how far an unfinished run has come."""
+        last = max((event["step"] for event in self.events), default=0)
+        if last == 0:
+            return "not started"
+        return f"stopped at step {last:,} of {steps:,}" if last < steps else "trained, not tested"
+
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
+        """Return the steps of the evaluations and what they found on the validation automata."""
+        points = [(e["step"], e[name]) for e in self.events if e["event"] == "eval" and name in e]
+        return [step for step, _ in points], [value for _, value in points]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All that a folder of runs holds."""
+
+    folder: Path
+    experiment: dict[str, Any]
+    benchmark: dict[str, Any]
+    baselines: dict[str, dict[str, float]]
+    runs: list[Run]
+
+    def by_method(self) -> dict[str, list[Run]]:
+        """Group the finished runs, methods in the order of a table."""
+        finished = [run for run in self.runs if run.finished]
+        names = sorted({run.method for run in finished}, key=rank)
+        return {name: [run for run in finished if run.method == name] for name in names}
+
+    @property
+    def unfinished(self) -> list[Run]:
+        return [run for run in self.runs if not run.finished]
+
+
+def run_folder(out: Path, method: str, seed: int) -> Path:
+    """Return the folder of one run."""
+    return out / folder_name(method) / f"seed{seed}"
+
+
+def read_experiment(out: Path) -> Experiment:
+    """Read a folder of runs.
+
+    Raises:
+        ValueError: it is not one, or a file in it cannot be understood; the message names the file.
+    """
+    if not (out / EXPERIMENT).is_file():
+        raise ValueError(f"{out}: expected a folder of runs with {EXPERIMENT} in it")
+    shared = read_json(out / EXPERIMENT, ("experiment", "benchmark"))
+    baselines = read_json(out / BASELINES, ()) if (out / BASELINES).is_file() else {}
+    runs = [_read_run(file.parent) for file in out.glob(f"*/seed*/{RUN}")]
+    runs.sort(key=lambda run: (rank(run.method), run.seed))
+    return Experiment(out, shared["experiment"], shared["benchmark"], baselines, runs)
+
+
+def _read_run(folder: Path) -> Run:
+    about = read_json(folder / RUN, ("method", "seed"))
+    result = None
+    if (folder / RESULT).is_file():
+        result = read_json(folder / RESULT, ("accuracy", "tvd", "kl", "steps", "seconds"))
+    events = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
+    return Run(folder, about["method"], about["seed"], result, events)
+
+
+def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """Read an object that must have the keys.
+
+    Raises:
+        ValueError: it cannot be read, or a key is missing; the message names the file.
+    """
+    try:
+        content = json.loads(path.read_text())
+        missing = [key for key in keys if key not in content]
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected a JSON object, got {error}") from error
+    if missing:
+        raise ValueError(f"{path}: expected the key {missing[0]!r}")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file whole or not at all: the old one stays until the new one is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "w") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

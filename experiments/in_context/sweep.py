@@ -1,0 +1,118 @@
+"""All methods and seeds of a command, one after the other, in one folder."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiments.in_context.config import Config, check
+from experiments.in_context.objective import summary
+from experiments.in_context.results import BASELINES, EXPERIMENT, read_json, write_json
+from experiments.in_context.run import Setting, announce, check_owner, run
+from experiments.regbench import Benchmark, make_split, ngram
+from kreg.training.run_directory import as_json, first_difference
+
+ORDERS = {"2-gram": 2, "3-gram": 3}
+
+
+def settings(config: Config) -> list[Setting]:
+    """List the runs of a command: the first seed of all methods before the second."""
+    return [Setting(config, name, seed) for seed in config.seeds for name in config.methods]
+
+
+def prepare(config: Config) -> None:
+    """Check that the runs can be made where they are to be made, before anything is changed.
+
+    Raises:
+        ValueError: a value is impossible, or the folder belongs to another experiment; the message
+            names the field.
+        OSError: the folder cannot be made.
+    """
+    check(config)
+    stored = config.folder / EXPERIMENT
+    if stored.is_file():
+        found = read_json(stored, ("experiment",))["experiment"]
+        if difference := first_difference(as_json(config.experiment()), found):
+            field, wanted, there = difference
+            raise ValueError(
+                f"--out: {config.folder} holds runs of another experiment: {field} is {there} "
+                f"there and {wanted} in this command. Choose another --out; nothing was changed."
+            )
+    for setting in settings(config):
+        check_owner(setting)
+    config.folder.mkdir(parents=True, exist_ok=True)
+
+
+def sweep(config: Config, say: Callable[[str], None]) -> bool:
+    """Do the runs that are not finished; tell whether all are."""
+    clock = _Clock(config.time_limit)
+    benchmark = make_split(
+        config.data.automata,
+        train=config.data.train,
+        validation=config.data.validation,
+        test=config.data.test,
+        seed=config.data.seed,
+    )
+    _describe(config, benchmark, say)
+    everything = settings(config)
+    for setting in everything:
+        announce(setting)
+    waiting = [setting for setting in everything if not setting.finished]
+    if skipped := len(everything) - len(waiting):
+        say(f"{skipped} of {len(everything)} runs are finished already")
+    for number, setting in enumerate(waiting, 1):
+        what = f"{setting.method} seed {setting.seed}"
+        say(f"[{number}/{len(waiting)}] {what}, {clock.told(number - 1, len(waiting))}")
+        if clock.left == 0 or not run(setting, benchmark, time_limit=clock.left, label=what):
+            say(f"stopped in {what}; the same command goes on from there")
+            return False
+    return True
+
+
+@dataclass
+class _Clock:
+    """How long the command has taken, and what its time limit leaves."""
+
+    minutes: float | None
+
+    def __post_init__(self) -> None:
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def left(self) -> float | None:
+        return None if self.minutes is None else max(0.0, 60 * self.minutes - self.seconds)
+
+    def told(self, done: int, count: int) -> str:
+        """Put the time gone, and the time to come as far as the runs so far tell it, in words."""
+        gone = f"{self.seconds / 60:.1f} min so far"
+        if not done:
+            return gone
+        return f"{gone}, about {self.seconds / done * (count - done) / 60:.1f} min left"
+
+
+def _describe(config: Config, benchmark: Benchmark, say: Callable[[str], None]) -> None:
+    """Write what the runs share, how large the held-out set came out, and the n-gram baselines."""
+    sizes = benchmark.test.automata.sizes
+    facts = {
+        "test_automata": len(benchmark.test),
+        "test_positions": int(benchmark.test.lengths.sum()),
+        "states": [int(sizes.min()), float(np.mean(sizes)), int(sizes.max())],
+        "longest": int(benchmark.train.input_ids.shape[1]),
+    }
+    write_json(config.folder / EXPERIMENT, {"experiment": config.experiment(), "benchmark": facts})
+    say(
+        f"{config.data.train:,} automata to learn from, {facts['test_automata']:,} unseen ones to "
+        f"test on ({facts['test_positions']:,} positions)"
+    )
+    if (config.folder / BASELINES).is_file():
+        return
+    baselines: dict[str, dict[str, Any]] = {
+        name: summary(ngram.score(benchmark.test, order)) for name, order in ORDERS.items()
+    }
+    write_json(config.folder / BASELINES, baselines)

@@ -1,0 +1,52 @@
+"""The xla implementation in linear memory: what the executable asks for, 1k to 8k positions."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kreg
+
+LENGTHS = (1024, 2048, 4096, 8192)
+
+
+def temporary_bytes(length: int, mode: str, implementation: str, cell: dict) -> int:
+    """Compile a derivative of causal attention at one length; return its temporary memory."""
+    shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+
+    def attend(query, key, value):
+        options = {"is_causal": True, "scale": 1.0, "implementation": implementation}
+        return kreg.attention(query, key, value, **options, **cell)
+
+    def vjp(*arrays):
+        output, pull = jax.vjp(attend, *arrays)
+        return pull(output)
+
+    def jvp(*arrays):
+        return jax.jvp(attend, arrays, arrays)
+
+    call = {"vjp": vjp, "jvp": jvp}[mode]
+    compiled = jax.jit(call).lower(shape, shape, shape).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("mode", ["vjp", "jvp"])
+def test_xla_is_linear(mode):
+    sizes = [temporary_bytes(n, mode, "xla", {"kernel": kreg.biweight}) for n in LENGTHS]
+    # Twice the length, twice the memory; a quadratic term would push the last ratio towards 4.
+    for length, small, large in zip(LENGTHS[1:], sizes, sizes[1:], strict=False):
+        assert large <= 2.2 * small, f"T = {length}: {small} -> {large} bytes"
+    dense = 2 * LENGTHS[-1] ** 2 * 4  # one array of scores, two heads
+    assert sizes[-1] < dense / 8, f"{sizes[-1]} bytes at T = {LENGTHS[-1]}"
+
+
+@pytest.mark.parametrize("rule", [kreg.Fixed(1.2), kreg.Nearest(8)], ids=repr)
+def test_xla_is_linear_under_every_rule(rule):
+    cell = {"kernel": kreg.epanechnikov, "bandwidth": rule}
+    small, large = (temporary_bytes(n, "vjp", "xla", cell) for n in (2048, 8192))
+    assert large <= 4.4 * small, f"{small} -> {large} bytes"
+
+
+def test_the_measure_sees_a_dense_implementation():
+    cell = {"kernel": kreg.biweight}
+    small, large = (temporary_bytes(n, "vjp", "reference", cell) for n in (1024, 2048))
+    assert large > 3.5 * small

@@ -1,0 +1,325 @@
+"""The command for accelerators: on a CPU, without what such machines lack, and when it is cut."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.hardware import contract as contract_part
+from experiments.hardware import queue as queue_part
+from experiments.hardware import timing as timing_part
+from experiments.hardware.carry import pack, unpack
+from experiments.hardware.contract import contract
+from experiments.hardware.deadline import Deadline
+from experiments.hardware.findings import Check, Finding
+from experiments.hardware.jobs import read_queue, state
+from experiments.hardware.options import QUEUE, SMOKE_QUEUE, parse
+from experiments.hardware.queue import work_on_queue
+from experiments.hardware.report import Report
+from experiments.hardware.stopwatch import Entry
+from experiments.hardware.timing import timing
+from experiments.methods import PAPER
+
+ROOT = Path(__file__).parents[1]
+LACKING = ("beartype", "grain", "matplotlib", "pytest", "tyro")
+ABOUT = {"commit": "none", "device": {"kind": "Test Device 1"}}
+
+# Python imports this by itself in every process whose PYTHONPATH holds it.
+BLOCK = f"""
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {LACKING!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def command(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python -m experiments.hardware` as its users do."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+    line = [sys.executable, "-m", "experiments.hardware", *words]
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def read(file: Path) -> dict:
+    """Read strict JSON, which knows neither NaN nor infinity."""
+
+    def refuse(word: str):
+        raise AssertionError(f"{file}: {word} is not JSON")
+
+    return json.loads(file.read_text(), parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A PYTHONPATH on which the packages that accelerators' machines lack cannot be imported."""
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "sitecustomize.py").write_text(BLOCK)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def smoke(bare, tmp_path_factory):
+    """All parts in tiny sizes on such a machine: the command as it ended, and its two folders."""
+    folder = tmp_path_factory.mktemp("hardware")
+    out, results = folder / "out", folder / "results"
+    folders = ("--out", str(out), "--results", str(results))
+    # The shares of the budget must outlast a slow, shared machine.
+    words = ("--allow-cpu", "--smoke", "--budget", "60", "--commit", "abc", *folders)
+    return command(*words, PYTHONPATH=bare), out, results
+
+
+def test_the_block_blocks(bare):
+    for name in LACKING:
+        line = [sys.executable, "-c", f"import {name}"]
+        ended = subprocess.run(line, env=os.environ | {"PYTHONPATH": bare}, capture_output=True)
+        assert ended.returncode == 1 and b"ModuleNotFoundError" in ended.stderr
+
+
+def test_only_a_cpu_is_one_line_and_no_work(bare, tmp_path):
+    ended = command("--out", str(tmp_path / "out"), PYTHONPATH=bare)
+    assert ended.returncode == 0 and not (tmp_path / "out").exists()
+    assert "only a CPU found" in ended.stdout and len(ended.stdout.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_all_parts_end_well_where_packages_are_lacking(smoke):
+    ended, out, _ = smoke
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    summary = read(out / "summary.json")
+    assert summary["status"] == {"contract": 0, "timing": 0, "queue": 0}
+    for part in summary["status"]:
+        about = read(out / f"{part}.json")
+        assert about["summary"] == summary["parts"][part]
+        assert about["device"]["platform"] == "cpu" and about["device"]["kind"]
+        assert about["versions"]["jax"]
+        assert about["commit"]
+
+
+@pytest.mark.slow
+def test_contract_in_small(smoke):
+    ended, out, results = smoke
+    found = read(out / "contract.json")
+    assert found["not_reached"] == found["failures"] == []
+    assert found["summary"]["passed"] == len(found["findings"]) > 50
+    for one in found["findings"]:
+        assert one["passed"] and 0 <= one["worst_error"] <= one["bound"]
+        assert f"ok   {one['name']}" in ended.stdout
+    assert read(results / "cpu-contract.json") == found
+
+
+@pytest.mark.slow
+def test_timing_in_small(smoke):
+    _, out, _ = smoke
+    found = read(out / "timing.json")
+    assert found["expected"] is None and not found["not_reached"]
+    assert len(found["comparisons"]) == 2  # forward, forward+backward
+    for comparison in found["comparisons"].values():
+        assert "unavailable" in comparison["jax cudnn"]
+        for name in ("jax xla", "kreg xla biweight", "kreg reference biweight"):
+            one = comparison[name]
+            assert 0 < one["min_ms"] <= one["median_ms"] <= one["max_ms"]
+            assert one["compile_seconds"] > 0 and one["temporary_bytes"] >= 0
+            assert one["times_of"]["jax xla"] > 0
+        assert comparison["jax xla"]["times_of"] == {"jax xla": 1}
+
+
+@pytest.mark.slow
+def test_queue_in_small(smoke):
+    ended, out, results = smoke
+    found = read(out / "queue.json")
+    (job,) = found["jobs"]
+    assert job["state"] == "done" and job["runs_done"] == job["runs"] == 1
+    assert job["steps_done"] == job["steps"] == 4 and job["hours_left"] == 0
+    assert job["results"][0]["method"] == "biweight" and 0 <= job["results"][0]["accuracy"] <= 1
+    assert found["disk"]["used_bytes"] > 0 and Path(found["carry"]["file"]).is_file()
+    assert "--carry" in ended.stdout and (out / "queue" / "smoke" / "table.md").is_file()
+    assert read(results / "cpu-queue.json") == found
+
+
+@pytest.mark.slow
+def test_carried_runs_go_on(smoke, tmp_path, monkeypatch):
+    """Of an unfinished run the archive holds the last and the best checkpoint; it goes on there."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(smoke[1] / "queue", first / "queue")
+    run = first / "queue" / "smoke" / "biweight" / "seed0"
+    archive = first / "carry.tar.gz"
+    finished = pack(first / "queue", archive)
+    unpack(archive, tmp_path / "without")
+    assert not list((tmp_path / "without").glob("**/checkpoints/*"))
+    tested = read(run / "result.json")
+    (run / "result.json").unlink()
+    older = run / "checkpoints" / "step_00000001"  # neither the last nor the best
+    shutil.copytree(run / "checkpoints" / "step_00000004", older)
+    meta = read(older / "meta.json") | {"step": 1, "metrics": {}}
+    (older / "meta.json").write_text(json.dumps(meta))
+    assert pack(first / "queue", archive) > finished
+    report = Report(second, None, ABOUT)
+    assert work_on_queue(report, Deadline(60), jobs=SMOKE_QUEUE, carry=archive) == 0
+    kept = second / "queue" / "smoke" / "biweight" / "seed0"
+    again = read(kept / "result.json")
+    assert {n: again[n] for n in ("accuracy", "tvd")} == {n: tested[n] for n in ("accuracy", "tvd")}
+    assert not (kept / "checkpoints" / "step_00000001").exists()
+    monkeypatch.setattr(queue_part, "_attempt", lambda *_: pytest.fail("a finished job ran again"))
+    assert work_on_queue(report, Deadline(60), jobs=SMOKE_QUEUE, carry=None) == 0
+    assert work_on_queue(report, Deadline(60), jobs=SMOKE_QUEUE, carry=archive) == 2
+
+
+def test_every_module_imports_where_packages_are_lacking(bare):
+    """Those of this command, and what the contract loads from the tests."""
+    folder = ROOT / "experiments" / "hardware"
+    names = [f"experiments.hardware.{file.stem}" for file in folder.glob("[!_]*.py")]
+    code = "import importlib, sys; [importlib.import_module(n) for n in sys.argv[1:]]"
+    code += "; from experiments.hardware.from_tests import load"
+    code += "; [load(n) for n in ('oracle', 'tolerances', 'cells', 'attention_inputs')]"
+    code += "; import experiments.in_context.sweep"
+    environment = os.environ | {"PYTHONPATH": bare, "JAX_PLATFORMS": "cpu"}
+    line = [sys.executable, "-c", code, *names]
+    ended = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def broken():
+    yield Finding("before it broke", 0.0, 1.0)
+    raise MemoryError("no room\nfor this")
+
+
+def checks_that_fail():
+    return [
+        Check("good", lambda: iter([Finding("good", 1.0, 1.0)])),
+        Check("bad", lambda: iter([Finding("bad", 1.1, 1.0)])),
+        Check("nan", lambda: iter([Finding("nan", float("nan"), 1.0)])),
+        Check("broken", broken),
+    ]
+
+
+def test_failed_checks_are_named_and_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(contract_part, "checks", lambda smoke: checks_that_fail())
+    report = Report(tmp_path / "out", tmp_path / "results", ABOUT)
+    assert contract(report, Deadline(1)) == 1
+    found = read(tmp_path / "out" / "contract.json")
+    assert found["failures"] == ["bad", "nan", "broken"]
+    assert found["summary"] == {"passed": 2, "failed": 3, "not_reached": 0}
+    assert found["findings"][-1]["problem"].startswith("MemoryError: no room (test_hardware.py:")
+    assert read(tmp_path / "results" / "test-device-1-contract.json") == found
+    ends = capsys.readouterr().out.split("2 passed, 3 failed")[1]
+    assert "bad" in ends and "nan" in ends and "broken" in ends and "good" not in ends
+
+
+def test_what_there_was_no_time_for_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(contract_part, "checks", lambda smoke: checks_that_fail())
+    report = Report(tmp_path, None, ABOUT)
+    assert contract(report, Deadline(0)) == 0
+    found = read(tmp_path / "contract.json")
+    assert found["not_reached"] == ["good", "bad", "nan", "broken"]
+    assert found["summary"]["not_reached"] == 4 and found["findings"] == []
+    assert timing(report, Deadline(0)) == 0
+    left = read(tmp_path / "timing.json")
+    assert left["comparisons"] == {}
+    assert left["not_reached"] == [str(g) for g in timing_part.groups(smoke=False)]
+
+
+def test_a_check_breaks_where_a_bound_is_too_small():
+    """The real checks can fail: half an epsilon instead of the promise."""
+    (check,) = [c for c in contract_part.checks(smoke=True) if c.kind == "_gradient"]
+    for finding in check.run():
+        assert finding.passed and not Finding(finding.name, finding.error, 1e-12).passed
+
+
+def test_ratios_pair_the_rounds():
+    slow, fast = Entry("slow", seconds=[2.0, 40.0, 6.0]), Entry("fast", seconds=[1.0, 10.0, 3.0])
+    assert slow.over(fast) == 2 and Entry("none", unavailable="why").as_json({}) == {
+        "unavailable": "why"
+    }
+
+
+def test_the_committed_queue(tmp_path):
+    """The paper's table first, then upward, each job with all methods and three seeds."""
+    jobs = read_queue(QUEUE, tmp_path)
+    configs = [job.config() for job in jobs]
+    assert [c.data.train for c in configs] == [1000, 2500, 5000, 10000, 20000, 40000]
+    for job, config in zip(jobs, configs, strict=True):
+        assert config.preset == "paper" and config.compat is None and config.seeds == (0, 1, 2)
+        assert set(config.methods) == {*PAPER, "top16_softmax", "top16_uniform"}
+        assert config.folder == tmp_path / job.name
+    first = state(jobs[0], pace=10.0)
+    assert first["state"] == "waiting" and first["runs"] == 24
+    assert first["steps"] == 24 * 32 * 200
+    assert first["hours_left"] == pytest.approx(24 * 32 * 200 / 10 / 3600)
+    assert state(jobs[0], pace=None)["hours_left"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[job]]\nname = 'a'", "arguments"),
+        ("job = 3", "expected"),
+        ("[[job", "expected"),
+        ("[[job]]\nname = '../a'\narguments = ''", "names fit for folders"),
+        ("[[job]]\nname = 'a'\narguments = ''\n" * 2, "none twice"),
+    ],
+)
+def test_a_bad_queue_is_named(text, message, tmp_path):
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_queue(file, tmp_path)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("words", ["--preset none", "--methods unknown", "--seeds 0 0"])
+def test_a_bad_job_changes_nothing(words, tmp_path, capsys):
+    file = tmp_path / "queue.toml"
+    file.write_text(f"[[job]]\nname = 'wrong'\narguments = '{words}'")
+    report = Report(tmp_path / "out", None, ABOUT)
+    assert work_on_queue(report, Deadline(1), jobs=file, carry=None) == 2
+    assert "job 'wrong'" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["queue"]
+
+
+def test_a_job_that_breaks_leaves_time_to_the_next(tmp_path, monkeypatch, capsys):
+    """What broke is remembered with its reason, the next job is tried, and the status says so."""
+    file = tmp_path / "queue.toml"
+    file.write_text("\n".join(f"[[job]]\nname = '{n}'\narguments = ''" for n in ("one", "two")))
+    (tmp_path / "out" / "queue").mkdir(parents=True)
+    (tmp_path / "out" / "queue" / "one").write_text("a file where the folder should be")
+    monkeypatch.setattr("experiments.in_context.sweep.sweep", lambda config, say: True)
+    assert work_on_queue(Report(tmp_path / "out", None, ABOUT), Deadline(1), jobs=file, carry=None)
+    found = read(tmp_path / "out" / "queue.json")
+    assert list(found["broken"]) == ["one"] and "Error" in found["broken"]["one"]
+    assert (tmp_path / "out" / "queue" / "two").is_dir()
+
+
+def test_no_disk_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(queue_part, "FREE_BYTES", 2**80)
+    report = Report(tmp_path, None, ABOUT)
+    assert work_on_queue(report, Deadline(1), jobs=SMOKE_QUEUE, carry=None) == 2
+    assert "free disk" in capsys.readouterr().out and not list((tmp_path / "queue").iterdir())
+
+
+def test_a_bad_archive_is_named(tmp_path):
+    archive = tmp_path / "carry.tar.gz"
+    archive.write_bytes(b"not an archive")
+    with pytest.raises(ValueError, match=str(archive)):
+        unpack(archive, tmp_path / "queue")
+
+
+@pytest.mark.parametrize("words", [["--budget", "0"], ["--budget", "nan"], ["nonsense"]])
+def test_bad_words(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(words)
+    assert ended.value.code == 2 and "error" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    ended = command("queue", "--allow-cpu", "--smoke", "--out", str(tmp_path / "file" / "out"))
+    assert ended.returncode == 2 and str(tmp_path / "file") in ended.stdout
+    assert "Traceback" not in ended.stdout + ended.stderr

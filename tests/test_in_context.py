@@ -1,0 +1,421 @@
+"""The in-context experiment on a tiny scale: command line, runs, resuming, reports, mistakes."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.in_context import run as run_module
+from experiments.in_context.__main__ import main
+from experiments.in_context.command_line import parse
+from experiments.in_context.config import PRESETS, Config
+from experiments.in_context.objective import (
+    Rows,
+    evaluate,
+    held_out,
+    make_loss,
+    make_measure,
+    pad_to,
+    summary,
+)
+from experiments.in_context.results import read_experiment
+from experiments.in_context.run import make_model
+from experiments.in_context.sweep import settings
+from experiments.regbench import AutomataConfig, Score, make_split, metrics, ngram
+from kreg.training import load_params
+
+METHODS = ("softmax", "relumax")
+# Ten sequences in batches of four: the last batch of an epoch is filled up.
+MICRO = [
+    *("--data.train", "10", "--data.validation", "5", "--data.test", "6"),
+    *("--data.automata.max-tokens", "24"),
+    *("--model.layers", "1", "--model.heads", "2", "--model.width", "8", "--model.slots", "4"),
+    *("--training.epochs", "4", "--training.batch-size", "4", "--training.evaluations", "4"),
+]
+STEPS = 12
+CLOCK = ("seconds", "tokens_per_second", "ms_per_step")
+
+
+def command(out, *more, methods=METHODS):
+    return ["--methods", *methods, "--out", str(out), *MICRO, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which everything has been run."""
+    out = tmp_path_factory.mktemp("micro") / "out"
+    assert main(command(out)) == 0
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def checksums(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def without_clock(values):
+    return {name: value for name, value in values.items() if name not in CLOCK}
+
+
+def result(out, method, seed=0):
+    return json.loads((out / method / f"seed{seed}" / "result.json").read_text())
+
+
+def events(out, method):
+    lines = (out / method / "seed0" / "metrics.jsonl").read_text().splitlines()
+    return [without_clock(json.loads(line)) for line in lines]
+
+
+# Command line
+
+
+@pytest.fixture(params=["tyro", "argparse"])
+def reader(request, monkeypatch):
+    if request.param == "tyro":
+        pytest.importorskip("tyro")
+    else:
+        monkeypatch.setitem(sys.modules, "tyro", None)
+    return request.param
+
+
+def test_options_override_the_preset(reader, tmp_path):
+    words = ["--preset", "small", "--methods", "softmax", "entmax:1.25", "--seeds", "0", "1", "2"]
+    words += ["--out", str(tmp_path), "--compat", "dense", "--time-limit", "7.5"]
+    words += ["--training.learning-rate", "0.5", "--data.automata.max-tokens", "None"]
+    small = PRESETS["small"]
+    assert parse(words) == dataclasses.replace(
+        small,
+        methods=("softmax", "entmax:1.25"),
+        seeds=(0, 1, 2),
+        out=tmp_path,
+        compat="dense",
+        time_limit=7.5,
+        training=dataclasses.replace(small.training, learning_rate=0.5),
+        data=dataclasses.replace(small.data, automata=AutomataConfig()),
+    )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_unchanged_without_options(reader, preset):
+    assert parse(["--preset", preset]) == PRESETS[preset]
+    assert parse([f"--preset={preset}"]) == PRESETS[preset]
+
+
+def test_help_teaches(reader, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for taught in (
+        "biweight@anchored",
+        "smoke: tiny automata",
+        "--training.learning-rate",
+        "--seeds",
+    ):
+        assert taught in text
+
+
+def test_unknown_option_is_named(reader, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--modle.width", "8"])
+    assert caught.value.code == 2
+    assert "--modle.width" in capsys.readouterr().err
+
+
+def test_paper_preset_is_the_published_setting():
+    paper = PRESETS["paper"]
+    assert dataclasses.astuple(paper.model) == (2, 8, 128, 448, 0.05, 0.05)
+    assert dataclasses.astuple(paper.training) == (200, 32, 1e-4, 0.01, 1.0, 200)
+    assert paper.data.automata == AutomataConfig()
+    assert (paper.data.validation, paper.data.test) == (500, 500)
+    ladder = {1000: 6400, 2500: 15800, 5000: 31400, 10000: 62600, 20000: 125000, 40000: 250000}
+    for train, steps in ladder.items():
+        config = dataclasses.replace(paper, data=dataclasses.replace(paper.data, train=train))
+        assert config.steps == steps
+        assert config.folder.name == f"paper-n{train}"
+
+
+def test_default_folders_keep_experiments_apart():
+    smoke = PRESETS["smoke"]
+    fewer = dataclasses.replace(smoke, data=dataclasses.replace(smoke.data, train=7))
+    variants = (smoke, PRESETS["small"], fewer, dataclasses.replace(smoke, compat="eft"))
+    assert len({config.folder for config in variants}) == len(variants)
+
+
+def test_first_seed_of_every_method_comes_first():
+    order = settings(dataclasses.replace(Config(), methods=("softmax", "relumax"), seeds=(3, 5)))
+    pairs = [(setting.method, setting.seed) for setting in order]
+    assert pairs == [("softmax", 3), ("relumax", 3), ("softmax", 5), ("relumax", 5)]
+
+
+# Objective and measures
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return make_split(AutomataConfig(max_tokens=40), train=6, validation=2, test=7, seed=0)
+
+
+def bigram_model(params, tokens, key):
+    return params[tokens]
+
+
+def test_measures_on_the_device_are_those_of_the_benchmark(benchmark):
+    test = benchmark.test
+    logits = np.random.default_rng(0).normal(size=(20, 20)).astype(np.float32)
+    found = evaluate(make_measure(bigram_model), jnp.asarray(logits), held_out(test, 4))
+    model = np.asarray(jax.nn.softmax(logits[test.input_ids]), np.float64)
+    score = Score.of(model, test.next_symbols(slice(None)), test.lengths)
+    loss = metrics.cross_entropy(logits[test.input_ids], test.labels)
+    assert found == pytest.approx({"loss": loss} | summary(score), abs=2e-6)
+    assert found["positions"] == test.lengths.sum()
+
+
+def test_filling_a_batch_up_changes_no_loss(benchmark):
+    rows = [Rows(benchmark.train)[index] for index in range(3)]
+    params = jnp.asarray(np.random.default_rng(1).normal(size=(20, 20)), jnp.float32)
+    loss = jax.value_and_grad(make_loss(bigram_model), has_aux=True)
+    (exact, _), gradient = loss(params, pad_to(3)(rows), None)
+    (filled, _), other = loss(params, pad_to(8)(rows), None)
+    assert pad_to(8)(rows)["tokens"].shape == (8, 40)
+    np.testing.assert_allclose(filled, exact, rtol=1e-6)
+    np.testing.assert_allclose(other, gradient, atol=1e-6)
+
+
+def test_model_takes_the_method_and_the_authors_variant():
+    sizes = PRESETS["smoke"].model
+    model = make_model("relumax", sizes, "dense", 0)
+    assert model.config.compat == "dense"
+    assert model.config.kernel.order == 1
+    assert (model.config.num_layers, model.config.memory_size) == (sizes.layers, sizes.slots)
+
+
+# Runs
+
+
+def test_a_run_leaves_its_folder(finished):
+    for method in METHODS:
+        folder = finished / method / "seed0"
+        found = result(finished, method)
+        assert found["steps"] == STEPS
+        assert 0 < found["accuracy"] < 1 and 0 < found["tvd"] < 1 and found["kl"] > 0
+        record = json.loads((folder / "run.json").read_text())
+        assert (record["method"], record["seed"]) == (method, 0)
+        assert record["sessions"][0]["versions"]["jax"] == jax.__version__
+        assert record["experiment"]["data"]["train"] == 10
+        evaluations = [event for event in events(finished, method) if event["event"] == "eval"]
+        assert [event["step"] for event in evaluations] == [3, 6, 9, 12]
+        best = min(evaluations, key=lambda event: event["loss"])
+        assert found["best_step"] == best["step"]
+
+
+def test_methods_differ(finished):
+    assert result(finished, "softmax")["loss"] != result(finished, "relumax")["loss"]
+
+
+def test_baselines_are_those_of_the_same_positions(finished):
+    config = parse(command(finished))
+    benchmark = make_split(config.data.automata, train=10, validation=5, test=6, seed=0)
+    found = json.loads((finished / "baselines.json").read_text())
+    for name, order in (("2-gram", 2), ("3-gram", 3)):
+        assert found[name] == summary(ngram.score(benchmark.test, order))
+    assert found["2-gram"]["positions"] == result(finished, "softmax")["positions"]
+
+
+def test_result_is_the_best_checkpoints(finished):
+    config = parse(command(finished))
+    setting = settings(config)[0]
+    model = run_module._machine("softmax", config.model, None, config.training, config.steps)
+    params = load_params(setting.folder, "best", run_module._parameters(setting))
+    benchmark = make_split(config.data.automata, train=10, validation=5, test=6, seed=0)
+    test = benchmark.test
+    logits = np.asarray(model.apply(params, jnp.asarray(test.input_ids), None), np.float64)
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    score = Score.of(
+        shifted / shifted.sum(axis=-1, keepdims=True), test.next_symbols(slice(None)), test.lengths
+    )
+    found = result(finished, "softmax")
+    assert {name: found[name] for name in summary(score)} == pytest.approx(summary(score), abs=1e-5)
+
+
+def test_finished_runs_are_skipped(copy, capsys):
+    before = checksums(copy / "softmax")
+    assert main(command(copy)) == 0
+    assert checksums(copy / "softmax") == before
+    assert "2 of 2 runs are finished already" in capsys.readouterr().err
+
+
+def test_seeds_share_the_benchmark_and_nothing_else(copy):
+    assert main(command(copy, "--seeds", "0", "1", methods=("softmax",))) == 0
+    first, second = (result(copy, "softmax", seed) for seed in (0, 1))
+    assert first["positions"] == second["positions"]
+    assert first["loss"] != second["loss"]
+    assert "±" in (copy / "table.md").read_text()
+
+
+class Killed(BaseException):
+    """What no code of ours catches: the process is gone."""
+
+
+def test_resuming_after_a_kill_gives_the_same_run(finished, tmp_path, monkeypatch):
+    batches = run_module.batches
+
+    def killed_in_the_eighth_step(*arguments, **options):
+        whole = batches(*arguments, **options)
+
+        class Interrupted:
+            steps = 0
+
+            def __next__(self):
+                self.steps += 1
+                if self.steps == 8:
+                    raise Killed
+                return next(whole)
+
+            get_state, set_state, close = whole.get_state, whole.set_state, whole.close
+
+        return Interrupted()
+
+    words = command(tmp_path, methods=("relumax",))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "batches", killed_in_the_eighth_step)
+        with pytest.raises(Killed):
+            main(words)
+    assert not (tmp_path / "relumax" / "seed0" / "result.json").exists()
+    assert main(words) == 0
+    assert without_clock(result(tmp_path, "relumax")) == without_clock(result(finished, "relumax"))
+    assert events(tmp_path, "relumax") == events(finished, "relumax")
+    record = json.loads((tmp_path / "relumax" / "seed0" / "run.json").read_text())
+    assert len(record["sessions"]) == 2
+
+
+def test_time_limit_stops_and_the_same_command_goes_on(finished, tmp_path, capsys):
+    assert main(command(tmp_path, "--time-limit", "1e-9")) == 3
+    assert "softmax, seed 0: not started" in (tmp_path / "table.md").read_text()
+    assert "relumax, seed 0: not started" in capsys.readouterr().out
+    assert main(command(tmp_path, methods=("softmax",))) == 0
+    assert without_clock(result(tmp_path, "softmax")) == without_clock(result(finished, "softmax"))
+
+
+# Table and figure
+
+
+def test_table_comes_from_the_folders_alone(finished, copy, capsys):
+    (copy / "table.md").unlink()
+    assert main(["table", str(copy)]) == 0
+    text = capsys.readouterr().out
+    assert (copy / "table.md").read_text() == (finished / "table.md").read_text() == text[:-1]
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+    cells = {row[1]: row[2:] for row in rows if len(row) > 2}
+    for method in METHODS:
+        assert cells[method][0] == "1"
+        assert cells[method][1] == f"{result(finished, method)['accuracy']:.3f}"
+        assert cells[method][2] == f"{result(finished, method)['tvd']:.3f}"
+    baselines = json.loads((finished / "baselines.json").read_text())
+    assert cells["2-gram"][1] == f"{baselines['2-gram']['accuracy']:.3f}"
+    assert "pixels" in text and "n = 1,000" in text and "Not the task above" in text
+    assert "Measured on 6 automata" in text
+
+
+def test_official_tasks_are_told_from_others(copy):
+    stored = copy / "experiment.json"
+    content = json.loads(stored.read_text())
+    content["experiment"]["data"]["automata"] = dataclasses.asdict(AutomataConfig())
+    stored.write_text(json.dumps(content))
+    assert main(["table", str(copy)]) == 0
+    text = (copy / "table.md").read_text()
+    assert "The benchmark's own automata" in text and "Not the task above" not in text
+
+
+def test_unfinished_runs_are_named(copy, capsys):
+    (copy / "softmax" / "seed0" / "result.json").unlink()
+    assert main(["table", str(copy)]) == 0
+    text = capsys.readouterr().out
+    assert "- softmax, seed 0: trained, not tested" in text
+    assert [run.method for run in read_experiment(copy).unfinished] == ["softmax"]
+    metrics_file = copy / "softmax" / "seed0" / "metrics.jsonl"
+    metrics_file.write_text("".join(metrics_file.read_text().splitlines(keepends=True)[:5]))
+    assert main(["table", str(copy)]) == 0
+    assert f"of {STEPS}" in capsys.readouterr().out.split("unfinished:")[1]
+
+
+def test_figure_comes_from_the_folders_alone(copy):
+    image = pytest.importorskip("matplotlib.image")
+    for name in ("figure.png", "figure.pdf"):
+        (copy / name).unlink()
+    assert main(["figure", str(copy)]) == 0
+    pixels = image.imread(copy / "figure.png")
+    assert pixels.shape[1] > 1000 and pixels[..., :3].std() > 0.05
+    assert (copy / "figure.pdf").read_bytes().startswith(b"%PDF")
+
+
+# Mistakes: one line that names the thing, exit status 2, nothing changed
+
+
+def refused(words, capsys, *names):
+    assert main(words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    for name in names:
+        assert str(name) in lines[0]
+
+
+@pytest.mark.parametrize(
+    "words, names",
+    [
+        (["--methods", "softmax", "sofmax"], ["sofmax", "relumax"]),
+        (["--preset", "tiny"], ["--preset", "tiny", "smoke"]),
+        (["--methods", "relumax", "relumax"], ["--methods"]),
+        (["--training.epochs", "0"], ["--training.epochs", "0"]),
+        (["--model.width", "9"], ["--model.width", "9"]),
+        (["--time-limit", "-1"], ["--time-limit", "-1"]),
+    ],
+    ids=lambda words: words[0],
+)
+def test_impossible_values_are_refused(words, names, tmp_path, capsys):
+    out = tmp_path / "out"
+    refused([*command(out), *words], capsys, *names)
+    assert not out.exists()
+
+
+def test_folder_below_a_file_is_refused(tmp_path, capsys):
+    blocker = tmp_path / "file"
+    blocker.write_text("keep")
+    refused(command(blocker / "runs"), capsys, blocker)
+    assert checksums(tmp_path) == {blocker: hashlib.sha256(b"keep").hexdigest()}
+
+
+def test_folder_of_another_experiment_is_refused(copy, capsys):
+    before = checksums(copy)
+    refused(command(copy, "--training.learning-rate", "0.5"), capsys, "learning_rate", "0.5", copy)
+    refused(command(copy, "--compat", "dense"), capsys, "compat", "dense")
+    refused(command(copy, "--data.seed", "9"), capsys, "data.seed", "9")
+    assert checksums(copy) == before
+
+
+def test_folder_without_runs_has_no_table(tmp_path, capsys):
+    refused(["table", str(tmp_path)], capsys, tmp_path)
+    refused(["figure", str(tmp_path / "nowhere")], capsys, "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_result_is_named(copy, capsys):
+    damaged = copy / "softmax" / "seed0" / "result.json"
+    damaged.write_text('{"accuracy": 0.')
+    refused(["table", str(copy)], capsys, damaged)
+
+
+def test_missing_matplotlib_is_named(copy, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    refused(["figure", str(copy)], capsys, "matplotlib")
