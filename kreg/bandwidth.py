@@ -1,8 +1,7 @@
 r"""Bandwidth rules: how wide the kernel is around each query, or where its scores are cut.
 
-A rule answers one question, the gap: how far below the row's best score the threshold lies. It
-returns the gap's reciprocal b ("reach") and s = r b ("steepness"), since weights are proportional
-to [1 + b d]_+^r for depths d = z - max z, and both stay finite as r grows to the Gaussian.
+A rule answers one question, the gap: how far below the row's best score the threshold lies.
+Weights are proportional to [1 + d / gap]_+^r for depths d = z - max z.
 
 h is always a leaf of the pytree: a number, or an array of the scores' rank such as [1, N, 1, 1].
 """
@@ -15,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from kreg.deformed import Scale, relative_scale
 from kreg.kernels import Kernel
 from kreg.threshold import relative_gap
 
@@ -30,8 +30,7 @@ class Rows(NamedTuple):
 class Cut(NamedTuple):
     """A rule's answer for each row."""
 
-    reach: Float[Array, "*#rows 1"]  # b = 1 / gap
-    steepness: Float[Array, "*#rows 1"]  # s = r / gap
+    scale: Scale
     threshold: Float[Array, "*rows 1"]  # t, in units of z
     keep: Bool[Array, "*rows n"] | None = None  # keys that may have weight, where not all may
     uniform: Bool[Array, "*rows 1"] | None = None  # rows that weigh those keys equally
@@ -83,7 +82,7 @@ class Adaptive(Rule):
         dtype = rows.depth.dtype
         excess = jnp.asarray(kernel.excess, dtype)
         order = kernel.order if kernel.is_static else None
-        return _from_relative_gap(relative_gap(order, rows.depth, excess), excess, rows)
+        return from_relative_gap(relative_gap(order, rows.depth, excess), excess, rows)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -109,7 +108,7 @@ class Anchored(Rule):
         keys = jax.lax.broadcasted_iota(index.dtype, rows.depth.shape, rows.depth.ndim - 1)
         at_best = (keys == index) & rows.where
         best = jnp.sum(jnp.where(at_best, rows.depth, 0), axis=-1, keepdims=True)
-        return _from_relative_gap(1 - excess * best, excess, rows)
+        return from_relative_gap(1 - excess * best, excess, rows)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -132,7 +131,8 @@ class Fixed(Rule):
     def cut(self, rows: Rows, kernel: Kernel, fixed: Array) -> Cut:
         gap = rows.best - fixed
         if kernel.is_static and kernel.order == 0:
-            return Cut(gap, gap, rows.best - gap, (gap < 0) | (rows.depth >= -gap))
+            keep = (gap < 0) | (rows.depth >= -gap)
+            return Cut(Scale(gap, gap, gap), rows.best - gap, keep)
         return _from_gap(gap, kernel, rows, gap <= 0)
 
 
@@ -182,8 +182,7 @@ class Nearest(Rule):
         keep = rows.where & (depth >= at)
         few = jnp.sum(rows.where, axis=-1, keepdims=True, dtype=jnp.int32) <= self.k
         if kernel.is_static and kernel.order in (0, float("inf")):
-            one = jnp.ones_like(at)
-            return Cut(one * 0, one, jnp.where(few, -jnp.inf, rows.best + at), keep)
+            return Cut(Scale(-at, at, at), jnp.where(few, -jnp.inf, rows.best + at), keep)
         gap = -ranked[..., -1:]
         cut = _from_gap(gap, kernel, rows, few | (gap <= 0))
         return cut._replace(keep=keep, threshold=jnp.where(few, -jnp.inf, cut.threshold))
@@ -210,18 +209,18 @@ def check_bandwidth(rule: Rule, kernel: Kernel, rank: int) -> None:
         raise ValueError(f"bandwidth: expected h > 0, got {rule.h}")
 
 
-def _from_relative_gap(rho: Array, excess: Array, rows: Rows) -> Cut:
-    reach = excess / rho
-    # At the Gaussian the gap is infinite and the threshold -inf.
-    finite = jnp.where(excess > 0, excess, 1)
-    threshold = jnp.where(excess > 0, rows.best - rho / finite, -jnp.inf)
-    return Cut(reach, 1 / rho, threshold)
+def from_relative_gap(rho: Array, excess: Array, rows: Rows) -> Cut:
+    """Cuts at t = best - r rho."""
+    scale = relative_scale(rho, excess)
+    return Cut(scale, rows.best - scale.gap)
 
 
 def _from_gap(gap: Array, kernel: Kernel, rows: Rows, uniform: Bool[Array, "*rows 1"]) -> Cut:
     excess = jnp.asarray(kernel.excess, gap.dtype)
     limit = excess == 0
-    reach = jnp.where(limit, 0, 1 / jnp.where(uniform, 1, gap))
-    steepness = jnp.where(limit, 1, reach / jnp.where(limit, 1, excess))
     threshold = jnp.where(limit, -jnp.inf, rows.best - gap)
-    return Cut(reach, steepness, threshold, None, uniform & ~limit)
+    gap = jnp.where(uniform, 1, gap)
+    reach = jnp.where(limit, 0, 1 / gap)
+    steepness = jnp.where(limit, 1, reach / jnp.where(limit, 1, excess))
+    scale = Scale(jnp.where(limit, jnp.inf, gap), reach, steepness)
+    return Cut(scale, threshold, None, uniform & ~limit)

@@ -5,6 +5,7 @@ exp(s d); the quotient log1p(x) / x and its derivative are formed without cancel
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,31 +17,43 @@ from kreg.kernels import Kernel
 _LARGEST_PRODUCT = 8
 
 
-def powers(
-    kernel: Kernel,
-    reach: Float[Array, "*#rows 1"],
-    steepness: Float[Array, "*#rows 1"],
-    depth: Float[Array, "*rows n"],
-) -> tuple[Float[Array, "*rows n"], Float[Array, "*rows n"]]:
-    r"""Evaluates $x^r$ and $x^{r-1}$ for $x = [1 + b d]_+$, with $0^0 = 0$.
+class Scale(NamedTuple):
+    """How depths d are measured: x = 1 + d / gap.
 
-    Args:
-        kernel: gives r.
-        reach: b, one over the distance from the row's best score to its threshold.
-        steepness: s = r b, used where r is not a small integer.
-        depth: d <= 0, the scores less the row's best.
+    gap: distance from the row's best score to its threshold; infinite for the Gaussian.
+    reach: 1 / gap.
+    steepness: r / gap; x^r = exp(steepness d q) with q = log1p(d / gap) / (d / gap).
+    """
+
+    gap: Float[Array, "*#rows 1"]
+    reach: Float[Array, "*#rows 1"]
+    steepness: Float[Array, "*#rows 1"]
+
+
+def relative_scale(rho: Float[Array, "*rows 1"], excess: Float[Array, "*#rows 1"]) -> Scale:
+    """Makes the scale of a relative gap rho = gap / r, with excess a = 1 / r."""
+    gap = jnp.where(excess > 0, rho / jnp.where(excess > 0, excess, 1), jnp.inf)
+    return Scale(gap, excess / rho, 1 / rho)
+
+
+def powers(
+    kernel: Kernel, scale: Scale, depth: Float[Array, "*rows n"]
+) -> tuple[Float[Array, "*rows n"], Float[Array, "*rows n"]]:
+    r"""Evaluates $x^r$ and $x^{r-1}$ for $x = [1 + d / gap]_+$, with $0^0 = 0$.
+
+    A key exactly at the threshold gets exactly 0: d + gap is exact there, 1 + d / gap is not.
     """
     order = kernel.order
+    alive = depth > -scale.gap
     if kernel.is_static and order == int(min(order, 1e9)) and 1 <= order <= _LARGEST_PRODUCT:
-        x = 1 + reach * depth
-        x = jnp.where(x > 0, x, 0)
-        lower = (x > 0).astype(x.dtype) if order == 1 else jax.lax.integer_pow(x, int(order) - 1)
+        x = jnp.where(alive, depth + scale.gap, 0) * scale.reach
+        lower = alive.astype(x.dtype) if order == 1 else jax.lax.integer_pow(x, int(order) - 1)
         return lower * x, lower
-    x = 1 + reach * depth
-    alive = x > 0
     depth = jnp.where(alive, depth, 0)
-    power = jnp.where(alive, jnp.exp(steepness * depth * log1p_quotient(reach * depth)), 0)
-    return power, jnp.where(alive, power / jnp.where(alive, x, 1), 0)
+    least = jnp.finfo(depth.dtype).eps / 2 - 1
+    share = jnp.maximum(scale.reach * depth, least)
+    power = jnp.where(alive, jnp.exp(scale.steepness * depth * log1p_quotient(share)), 0)
+    return power, power / (1 + share)
 
 
 @functools.partial(jax.custom_jvp)

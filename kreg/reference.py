@@ -41,7 +41,14 @@ def scores(
     r"""Scores z = softcap(scale q.k + bias) / h^2, 0 where inadmissible; `Fixed`'s threshold."""
     batch, queries, heads, width = problem.query.shape
     dtype = problem.dtype
-    query = problem.query.reshape(batch, queries, problem.key.shape[2], -1, width)
+    squeeze = 1 / jnp.square(jnp.asarray(problem.rule.h, dtype))
+    query = problem.query
+    # Scaling the queries is cheaper than scaling the scores, and so is its gradient; but it must
+    # not round a half-precision query, and the cap is on scores at h = 1.
+    early = query.dtype == dtype and problem.soft_cap is None
+    if early:
+        query = query * problem.scale.astype(dtype) * jnp.swapaxes(squeeze, 1, 2)
+    query = query.reshape(batch, queries, problem.key.shape[2], -1, width)
     s = jnp.einsum(
         "btkgh,bskh->bkgts",
         query,
@@ -49,14 +56,18 @@ def scores(
         precision=problem.precision,
         preferred_element_type=dtype,
     )
-    s = s.reshape(batch, heads, queries, -1) * problem.scale.astype(dtype)
+    s = s.reshape(batch, heads, queries, -1)
+    if early:
+        if problem.bias is not None:
+            s = s + jnp.where(where, problem.bias.astype(dtype), 0) * squeeze
+        return jnp.where(where, s, 0), squeeze - 0.5
+    s = s * problem.scale.astype(dtype)
     if problem.bias is not None:
         s = s + problem.bias.astype(dtype)
     if problem.soft_cap is not None:
         s = problem.soft_cap * jnp.tanh(s / problem.soft_cap)
     # Before the division, whose gradient multiplies by the scores.
     s = jnp.where(where, s, 0)
-    squeeze = 1 / jnp.square(jnp.asarray(problem.rule.h, dtype))
     return s * squeeze, squeeze - 0.5
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kreg.deformed import log1p_quotient, powers
+from kreg.deformed import log1p_quotient, powers, relative_scale
 from kreg.kernels import Kernel
 
 # Name under which the chunked path saves rho, so that its backward pass does not solve again.
@@ -71,7 +71,7 @@ def norm(
     rho: Float[Array, "*rows 1"],
 ) -> tuple[Float[Array, "*rows 1"], Float[Array, "*rows 1"]]:
     r"""Evaluates $g = (\sum [\rho + a d]_+^r)^a$ and Newton's step of rho towards g = 1."""
-    power, lower = powers(kernel, excess / rho, 1 / rho, depth)
+    power, lower = powers(kernel, relative_scale(rho, excess), depth)
     total = jnp.sum(power, axis=-1, keepdims=True)
     slope = jnp.sum(lower, axis=-1, keepdims=True)
     root = jnp.where(total > 0, total, 1) ** jnp.asarray(excess, total.dtype)
@@ -104,7 +104,7 @@ def _relative_gap_jvp(order, primals, tangents):
     ddepth, dexcess = tangents
     rho = checkpoint_name(relative_gap(order, depth, excess), THRESHOLD)
     kernel = _kernel(order, excess)
-    power, lower = powers(kernel, excess / rho, 1 / rho, depth)
+    power, lower = powers(kernel, relative_scale(rho, excess), depth)
     # Implicit function theorem; u is the derivative of the powers, scaled to have sum 1.
     slope = jnp.sum(lower, axis=-1, keepdims=True)
     u = lower / jnp.where(slope > 0, slope, 1)

@@ -225,17 +225,34 @@ def entmax_alpha_derivative(x: np.ndarray, where: np.ndarray, alpha: float) -> n
         p = rows(x, where, INFINITE, ADAPTIVE).p
         square = np.where(p > 0, p * np.log(np.where(p > 0, p, 1)) ** 2, 0)
         return -(square - p * square.sum(-1, keepdims=True)) / 2
-    extended = np.longdouble
-    order = 1 / (extended(alpha) - 1)
-    z = np.where(where, x, -INFINITE).astype(extended)
-    base = np.maximum((z - entmax_threshold(z, order)) / order, 0)
-    log_base = np.log(np.where(base > 0, base, 1))
-    p = np.where(base > 0, np.exp(order * log_base), 0)
-    u = np.where(base > 0, np.exp((order - 1) * log_base), 0)
+    order = 1 / (np.longdouble(alpha) - 1)
+    z = np.where(where, x, -INFINITE).astype(np.longdouble)
+    top = z.max(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        log_base = np.log1p(np.maximum((z - _shifted_root(z - top, order) - top) / order, -1))
+    alive = log_base > -INFINITE
+    log_base = np.where(alive, log_base, 0)
+    p, u = (np.where(alive, np.exp(power * log_base), 0) for power in (order, order - 1))
     entropy = p * order * log_base
     u = u / u.sum(-1, keepdims=True)
     first = (p - u) * order**2
     return (first - (entropy - u * entropy.sum(-1, keepdims=True)) * order).astype(np.float64)
+
+
+def _shifted_root(depth: np.ndarray, order: np.longdouble) -> np.ndarray:
+    """Solve sum [1 + (depth - s) / r]_+^r = 1 for s = t + r - max, accurate as r grows.
+
+    The derivative in alpha multiplies errors of p by r^2: adding r to z would cost too many digits.
+    """
+    low = np.zeros((*depth.shape[:-1], 1), np.longdouble)
+    high = low + np.log(np.longdouble(depth.shape[-1]))
+    for _ in range(80):
+        middle = (low + high) / 2
+        with np.errstate(divide="ignore"):
+            log_base = np.log1p(np.maximum((depth - middle) / order, -1))
+        above = np.exp(order * log_base).sum(-1, keepdims=True) >= 1
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    return low
 
 
 def squared_distances(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -273,7 +290,6 @@ def nadaraya_watson(
     chosen = where
     if rule.name == "nearest":
         chosen = where & (d2 <= -_kth_largest(-np.where(where | empty, d2, INFINITE), rule.k))
-    few = where.sum(-1, keepdims=True) <= rule.k
     bandwidth2 = np.where(np.isfinite(bandwidth2) & (bandwidth2 > 0), bandwidth2, 1)
     u2 = d2 / bandwidth2
     if order == INFINITE:
@@ -282,8 +298,8 @@ def nadaraya_watson(
     if rule.name == "nearest" and order == 0:
         w = chosen.astype(np.float64)
     fall_back = w.sum(-1, keepdims=True) == 0
-    if rule.name == "nearest" and order not in (0, INFINITE):
-        fall_back |= few
+    if rule.name == "nearest" and order not in (0, INFINITE):  # too few for a (k+1)-th distance
+        fall_back |= where.sum(-1, keepdims=True) <= rule.k
     w = np.where(fall_back, chosen, w)
     p = w / np.maximum(w.sum(-1, keepdims=True), 1e-300)
     return p @ values.astype(np.float64), p
@@ -299,21 +315,21 @@ class Attention:
     inputs: dict[str, Any]
 
 
-def _grouped(key: np.ndarray, heads: int) -> np.ndarray:
-    """Repeat [B, S, K, D] to [B, S, N, D]: query head n uses key head n // G."""
-    return np.repeat(key, heads // key.shape[2], axis=2)
-
-
 def admissible(
-    shape: tuple[int, ...], mask: Any, causal: bool, offset: Any, lengths: tuple
+    shape: tuple[int, ...],
+    mask: Any,
+    is_causal: bool = False,
+    causal_offset: Any = 0,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
 ) -> np.ndarray:
     """Return the boolean [B, N, T, S] of mask, j <= i + offset, and query and key lengths."""
     batch, _, queries, keys = shape
     i, j = np.arange(queries)[:, None], np.arange(keys)[None, :]
     where = np.broadcast_to(True if mask is None else mask, shape).copy()
-    if causal:
-        where &= j <= i + np.broadcast_to(offset, (batch,))[:, None, None, None]
-    for length, position in zip(lengths, (i, j), strict=True):
+    if is_causal:
+        where &= j <= i + np.broadcast_to(causal_offset, (batch,))[:, None, None, None]
+    for length, position in ((query_seq_lengths, i), (key_value_seq_lengths, j)):
         if length is not None:
             where &= position < np.asarray(length)[:, None, None, None]
     return where
@@ -329,24 +345,17 @@ def attention(
     order: float,
     rule: Rule = ADAPTIVE,
     scale: float | None = None,
-    is_causal: bool = False,
-    causal_offset: Any = 0,
-    query_seq_lengths: Any = None,
-    key_value_seq_lengths: Any = None,
+    **visible: Any,
 ) -> Attention:
-    """Attend densely: p of scale q.k + bias times the values; unused keys and values are zeroed."""
+    """Attend densely: p of scale q.k + bias times the values; `visible` goes to `admissible`."""
     batch, queries, heads, width = query.shape
     scale = width**-0.5 if scale is None else scale
-    wide = [
-        np.asarray(x, np.float64) for x in (query, _grouped(key, heads), _grouped(value, heads))
-    ]
+    grouped = (query, *(np.repeat(x, heads // x.shape[2], axis=2) for x in (key, value)))
+    wide = [np.asarray(x, np.float64) for x in grouped]
     with np.errstate(invalid="ignore"):
         scores = scale * np.einsum("btnh,bsnh->bnts", wide[0], wide[1])
         scores = scores if bias is None else scores + np.asarray(bias, np.float64)
-    lengths = (query_seq_lengths, key_value_seq_lengths)
-    where = admissible(
-        (batch, heads, queries, key.shape[1]), mask, is_causal, causal_offset, lengths
-    )
+    where = admissible((batch, heads, queries, key.shape[1]), mask, **visible)
     scores = np.where(where, scores, -INFINITE)
     rows_ = rows(scores, where, order, rule)
     used = rows_.where.any((1, 2))[..., None, None]

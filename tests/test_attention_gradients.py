@@ -168,7 +168,7 @@ def test_alpha_derivative_in_double(alpha):
         _, got = forward_in_alpha(x, jnp.asarray(alpha))
         want = oracle.entmax_alpha_derivative(np.asarray(x), True, alpha)
         # The oracle's own cancellation near alpha = 1, in extended precision.
-        own = np.finfo(np.longdouble).eps * 100 / (alpha - 1) ** 2 if alpha > 1 else 0
+        own = np.finfo(np.longdouble).eps * 10 / (alpha - 1) ** 2 if alpha > 1 else 0
         np.testing.assert_allclose(got, want, atol=1e-9 + own)
         cotangent = np.random.default_rng(1).normal(size=x.shape)
         pulled = backward_in_alpha(x, jnp.asarray(alpha), cotangent)
@@ -186,13 +186,14 @@ def test_alpha_derivative_at_one_is_the_closed_form():
         p = np.asarray(kreg.softmax(jnp.asarray(x)))
         square = p * np.log(p) ** 2
         want = -(square - p * square.sum(-1, keepdims=True)) / 2
-        for traced in (False, True):
-            derivative = jax.jacfwd(lambda a: kreg.entmax(jnp.asarray(x), a))
-            got = (jax.jit(derivative) if traced else derivative)(jnp.asarray(1.0))
+        one = jnp.asarray(1.0)
+        _, eager = jax.jvp(lambda a: kreg.entmax(jnp.asarray(x), a), (one,), (one,))
+        for got in (eager, forward_in_alpha(jnp.asarray(x), one)[1]):
             np.testing.assert_allclose(got, want, atol=1e-12)
-            got = jax.jacrev(lambda a: kreg.entmax(jnp.asarray(x), a))(jnp.asarray(1.0))
-            np.testing.assert_allclose(got, want, atol=1e-12)
-    single = jax.jacfwd(lambda a: kreg.entmax(jnp.asarray(x, "float32"), a))(jnp.float32(1))
+        cotangent = np.random.default_rng(1).normal(size=x.shape)
+        got = backward_in_alpha(jnp.asarray(x), one, cotangent)
+        np.testing.assert_allclose(got, (want * cotangent).sum(), atol=1e-12)
+    _, single = forward_in_alpha(jnp.asarray(x, "float32"), jnp.float32(1))
     np.testing.assert_allclose(single, want, atol=1e-5 * np.abs(want).max())
 
 
@@ -212,7 +213,7 @@ def test_alpha_derivative_is_exact_where_scores_are_minus_infinity():
     x = np.array([[0.3, -np.inf, -0.2, 0.7], [-np.inf] * 4])
     for alpha in (1.0, 1.001, 1.5, 2.0):
         with jax.enable_x64(True):
-            got = jax.jacfwd(lambda a: kreg.entmax(jnp.asarray(x), a))(jnp.asarray(alpha))
+            _, got = forward_in_alpha(jnp.asarray(x), jnp.asarray(alpha))
         want = oracle.entmax_alpha_derivative(x[:1], x[:1] > -np.inf, alpha)
         np.testing.assert_allclose(got[:1], want, atol=1e-8)
         np.testing.assert_array_equal(got[1], 0)

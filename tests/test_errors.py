@@ -48,7 +48,7 @@ ATTENTION = [
     ("h", "-0.5", lambda: kreg.attention(Q, K, V, bandwidth=kreg.Fixed(-0.5), scale=1.0)),
     ("h", "0", lambda: kreg.attention(Q, K, V, bandwidth=kreg.Adaptive(jnp.zeros((1, 4, 1, 1))))),
     (
-        "h",
+        "bandwidth",
         "(1, 3, 1, 1)",
         lambda: kreg.attention(Q, K, V, bandwidth=kreg.Adaptive(ones(1, 3, 1, 1))),
     ),

@@ -297,6 +297,20 @@ def test_a_job_that_breaks_leaves_time_to_the_next(tmp_path, monkeypatch, capsys
     assert (tmp_path / "out" / "queue" / "two").is_dir()
 
 
+def test_a_stopped_slice_begins_no_other_job(tmp_path, monkeypatch):
+    file = tmp_path / "queue.toml"
+    file.write_text("\n".join(f"[[job]]\nname = '{n}'\narguments = ''" for n in ("one", "two")))
+    tried = []
+    monkeypatch.setattr(
+        "experiments.in_context.sweep.sweep", lambda config, say: tried.append(config.folder.name)
+    )
+    assert (
+        work_on_queue(Report(tmp_path / "out", None, ABOUT), Deadline(1), jobs=file, carry=None)
+        == 0
+    )
+    assert tried == ["one"] and not read(tmp_path / "out" / "queue.json")["broken"]
+
+
 def test_no_disk_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(queue_part, "FREE_BYTES", 2**80)
     report = Report(tmp_path, None, ABOUT)

@@ -50,10 +50,10 @@ def _top(map_: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 def _order(alpha: Any) -> float:
     """The order of the alpha that the computation sees, an integer where it is meant as one."""
-    if alpha == 1:
+    excess = float(alpha) - 1
+    if excess == 0:
         return load("oracle").INFINITE
-    order = 1 / (np.float64(alpha) - 1)
-    return round(order) if abs(order - round(order)) < 1e-6 else float(order)
+    return round(1 / excess) if abs(1 / excess - round(1 / excess)) < 1e-6 else 1 / excess
 
 
 def _named_map(name: str, width: int, dtype: str) -> Iterator[Finding]:

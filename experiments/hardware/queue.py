@@ -48,21 +48,25 @@ def work_on_queue(report: Report, deadline: Deadline, *, jobs: Path, carry: Path
             continue
         if deadline.left <= 1.5 * RESERVE:
             break
-        _attempt(job, (deadline.left - RESERVE) / 60, broken)
+        stopped = _attempt(job, (deadline.left - RESERVE) / 60, broken)
         report.write("queue", _content(_states(waiting), broken, folder))
+        if stopped:
+            break
     return _conclude(_states(waiting), broken, report, folder)
 
 
-def _attempt(job: Job, minutes: float, broken: dict[str, str]) -> None:
-    """Work on a job for so many minutes; remember where it broke, and why."""
+def _attempt(job: Job, minutes: float, broken: dict[str, str]) -> bool:
+    """Work on a job for so many minutes; remember why it broke; tell whether it was stopped."""
     say(f"{job.name}: {' '.join(job.arguments)}")
     # Only here: it imports all of training, which the contract and the timing can do without.
     from experiments.in_context.sweep import prepare, sweep
 
+    stopped = False
     try:
         config = job.config(minutes)
         prepare(config)
-        sweep(config, say)
+        # By its time or by a signal: either way the next job has to wait for another slice.
+        stopped = not sweep(config, say)
     # The other jobs should still get their time.
     except Exception as error:
         broken[job.name] = one_line(error)
@@ -71,6 +75,7 @@ def _attempt(job: Job, minutes: float, broken: dict[str, str]) -> None:
     if any(run.finished for run in job.runs()):
         text = table.markdown(read_experiment(job.folder))
         (job.folder / "table.md").write_text(text)
+    return stopped
 
 
 def _states(jobs: list[Job]) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ import argparse
 import ast
 import dataclasses
 import inspect
-import itertools
 import textwrap
 import types
 import typing
@@ -90,7 +89,7 @@ def _reading(hint: Any) -> dict[str, Any]:
     return {"type": hint}
 
 
-def _replace[T](default: T, given: dict[str, Any], prefix: str) -> T:
+def _replace(default: Any, given: dict[str, Any], prefix: str) -> Any:
     changes = {}
     for field in dataclasses.fields(default):
         name, value = f"{prefix}{field.name}", getattr(default, field.name)
@@ -104,11 +103,12 @@ def _replace[T](default: T, given: dict[str, Any], prefix: str) -> T:
 
 def _field_docs(cls: type) -> dict[str, str]:
     """The strings below the fields of a dataclass, where tyro finds its help, too."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    return {
-        before.target.id: " ".join(after.value.value.split())
-        for before, after in itertools.pairwise(body)
-        if isinstance(before, ast.AnnAssign)
-        and isinstance(after, ast.Expr)
-        and isinstance(after.value, ast.Constant)
-    }
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    docs, above = {}, ""
+    for line in ast.iter_child_nodes(definition):
+        match line:
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                above = name
+            case ast.Expr(value=ast.Constant(value=str(text))) if above:
+                docs[above], above = " ".join(text.split()), ""
+    return docs

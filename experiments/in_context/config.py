@@ -74,7 +74,7 @@ class Config:
 
     preset: Literal["smoke", "small", "paper"] = "smoke"
     """Where all other options start from. smoke: tiny automata, half a minute a method on a laptop.
-    small: the official automata cut to 256 tokens, 12 minutes a method. paper: the published
+    small: the official automata cut to 256 tokens, about 10 minutes a method. paper: the published
     setting, for an accelerator; choose --data.train."""
     methods: tuple[str, ...] = tuple(PAPER)
     """The paper's names (softmax, triweight, biweight, epanechnikov, norm_relu, relumax,
@@ -139,9 +139,9 @@ SMOKE = Config(
 )
 SMALL = Config(
     preset="small",
-    data=Data(train=16000, validation=200, test=500, automata=AutomataConfig(max_tokens=256)),
+    data=Data(train=10000, validation=200, test=500, automata=AutomataConfig(max_tokens=256)),
     model=Model(layers=2, heads=4, width=64, slots=64),
-    training=Training(epochs=4, batch_size=16, learning_rate=3e-3, evaluations=20),
+    training=Training(epochs=2, batch_size=8, learning_rate=3e-3, evaluations=20),
 )
 PRESETS = {"smoke": SMOKE, "small": SMALL, "paper": Config(preset="paper")}
 

@@ -25,17 +25,17 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Run:
-    """One method and seed, as its folder tells it."""
+    """One method and seed, as its folder tells it; `result` is empty until it is tested."""
 
     folder: Path
     method: str
     seed: int
-    result: dict[str, Any] | None
+    result: dict[str, Any]
     events: list[dict[str, Any]]
 
     @property
     def finished(self) -> bool:
-        return self.result is not None
+        return bool(self.result)
 
     def state(self, steps: int) -> str:
         """Say how far an unfinished run has come."""
@@ -93,7 +93,7 @@ def read_experiment(out: Path) -> Experiment:
 
 def _read_run(folder: Path) -> Run:
     about = read_json(folder / RUN, ("method", "seed"))
-    result = None
+    result = {}
     if (folder / RESULT).is_file():
         result = read_json(folder / RESULT, ("accuracy", "tvd", "kl", "steps", "seconds"))
     events = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
