@@ -286,3 +286,10 @@ def test_a_checkpoint_holds_every_kind_of_leaf(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
     assert read_meta(path).data == {"next_index": 9}
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000003"]
+
+
+def test_a_relative_directory_is_as_good_as_an_absolute_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = training_run.run(Path("run"), steps=4, eval_every=2)
+    loaded = load_params(Path("run"), "last", initial_params())
+    jax.tree.map(np.testing.assert_array_equal, loaded, result.state.params)

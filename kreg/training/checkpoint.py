@@ -63,7 +63,7 @@ def write_checkpoint(path: Path, state: TrainState, meta: Meta) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         with _quiet():
-            ocp.save_checkpointables(str(unfinished / _ARRAYS), parts)
+            ocp.save_checkpointables(str((unfinished / _ARRAYS).absolute()), parts)
         (unfinished / _META).write_text(text)
         (unfinished / _SUMS).write_text(
             "".join(f"{digest}  {name}\n" for name, digest in _digests(unfinished).items())
@@ -130,7 +130,7 @@ def _load(path: Path, like: dict[str, PyTree[Array]]) -> dict[str, PyTree[Array]
         _require_same({k: _describe(v) for k, v in leaves.items()}, found.get(part, {}), path)
     try:
         with _quiet():
-            loaded = ocp.load_checkpointables(str(path / _ARRAYS), wanted)
+            loaded = ocp.load_checkpointables(str((path / _ARRAYS).absolute()), wanted)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be loaded: {_reason(error)[1]}") from error
     return {name: _unflatten(loaded[name], tree) for name, tree in like.items()}
