@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jaxtyping import Array, PyTree
@@ -117,9 +116,7 @@ def make_model(name: str, sizes: Model, compat: str | None, seed: int) -> Memory
 def _parameters(setting: Setting) -> PyTree[Array]:
     options = setting.config
     model = make_model(setting.method, options.model, options.compat, setting.seed)
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    # With an explicit type, for a weakly typed parameter would compile the step twice.
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), params)
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 # Cached: the seeds of a method differ in values only, and must not be compiled one by one.

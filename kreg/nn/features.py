@@ -161,7 +161,7 @@ class ValueFeatures(nnx.Module):
             ahead=config.value_shift,
             rngs=rngs,
         )
-        self.value_beta = nnx.Param(jnp.full((config.num_heads,), -0.05))
+        self.value_beta = nnx.Param(jnp.full((config.num_heads,), -0.05, dtype=float))
 
     def __call__(
         self, x: Float[Array, "B T C"], documents: Int[Array, "B T"] | None = None

@@ -74,7 +74,7 @@ class ContextualMemory(nnx.Module):
         self.config = config
         self.keys = KeyFeatures(config, epsilon=variant(config.compat).epsilon, rngs=rngs)
         self.values = ValueFeatures(config, rngs=rngs)
-        self.kernel_beta = nnx.Param(jnp.full((config.num_heads,), 0.1))
+        self.kernel_beta = nnx.Param(jnp.full((config.num_heads,), 0.1, dtype=float))
         self.out = Output(config, rngs=rngs)
 
     def __call__(
@@ -192,8 +192,8 @@ class PersistentMemory(nnx.Module):
         shape = (config.memory_count, config.memory_size, config.num_heads, config.head_dim)
         self.memory_keys = nnx.Param(normal(rngs.params(), shape, config.head_dim))
         self.memory_values = nnx.Param(normal(rngs.params(), shape, config.head_dim))
-        self.kernel_beta = nnx.Param(jnp.full((config.num_heads,), 0.1))
-        self.value_beta = nnx.Param(jnp.full((config.num_heads,), -0.05))
+        self.kernel_beta = nnx.Param(jnp.full((config.num_heads,), 0.1, dtype=float))
+        self.value_beta = nnx.Param(jnp.full((config.num_heads,), -0.05, dtype=float))
         self.out = Output(config, rngs=rngs)
 
     def __call__(

@@ -39,7 +39,8 @@ def init_state(
     """
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise ValueError(f"key: expected a typed key from jax.random.key, got {key!r}")
-    params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+    # With its type spelt out, for a weakly typed leaf would compile the step twice.
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.asarray(leaf).dtype, copy=True), params)
     return TrainState(
         params=params,
         opt_state=tx.init(params),
