@@ -85,7 +85,7 @@ def attention(
         segment_ids: queries see keys of their own segment; one array when T == S, or a pair.
         local_window_size: how far before and after i + causal_offset a query sees.
         logits_soft_cap: scores become cap tanh(score / cap).
-        dropout_rate: probability with which a weight is dropped, where `dropout_key` is given.
+        dropout_rate: probability with which a weight is dropped; needs a `dropout_key`.
         dropout_key: JAX random key; the mask does not depend on the implementation.
         precision: of both matrix products; None is HIGHEST for float32.
         implementation: "reference", "xla", "mosaic_gpu", "mosaic_tpu"; None chooses.

@@ -201,4 +201,6 @@ def _window(size) -> tuple[int, int] | None:
 def _dropout(rate: float, key) -> Array | None:
     if not 0 <= rate < 1:
         raise ValueError(f"dropout_rate: expected 0 <= rate < 1, got {rate}")
-    return key_words(key) if key is not None and rate > 0 else None
+    if rate > 0 and key is None:
+        raise ValueError(f"dropout_key: expected a random key with dropout_rate={rate}, got None")
+    return key_words(key) if rate > 0 else None

@@ -15,7 +15,7 @@ from kreg.weights import Stats
 # A block has at least this many queries, enough to keep a matrix product busy, and more where
 # keys are few: its scores then take about this many bytes.
 _LEAST_ROWS = 128
-_BLOCK_BYTES = 16 * 2**20
+_BLOCK_BYTES = 2 * 2**20
 
 
 def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats]:

@@ -6,14 +6,17 @@ NotImplementedError, which means "not these inputs" and nothing else.
 
 from collections.abc import Callable
 
+import jax
 from jaxtyping import Array
 
 from kreg import chunked, reference
 from kreg.problem import Problem
 from kreg.weights import Stats
 
-# Scores of up to this many bytes are formed at once; larger problems go block by block.
-_DENSE_BYTES = 48 * 2**20
+# Scores of up to this many bytes are formed at once; larger problems go block by block. The limit
+# for CPU is about the size of a cache, for accelerators a small part of their memory.
+_DENSE_BYTES = {"cpu": 48 * 2**20}
+_DENSE_BYTES_ELSEWHERE = 2**30
 
 
 def _unwritten(name: str) -> Callable[[Problem], tuple[Array, Stats]]:
@@ -50,7 +53,8 @@ def choose(problem: Problem) -> tuple[str, str]:
     """Chooses by size: dense while the scores are small, in blocks of queries beyond."""
     batch, queries, heads, _ = problem.query.shape
     size = batch * heads * queries * problem.key.shape[1] * problem.dtype.itemsize
-    what = f"the scores take {size / 2**20:.1f} MiB, the limit is {_DENSE_BYTES / 2**20:.0f}"
-    if size <= _DENSE_BYTES:
+    limit = _DENSE_BYTES.get(jax.default_backend(), _DENSE_BYTES_ELSEWHERE)
+    what = f"the scores take {size / 2**20:.1f} MiB, the limit is {limit / 2**20:.0f}"
+    if size <= limit:
         return "reference", f"dense is fastest: {what}"
     return "xla", f"memory must stay linear in length: {what}"

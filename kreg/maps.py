@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from kreg.bandwidth import Adaptive, Anchored, Fixed, Nearest, Rule
 from kreg.kernels import Kernel, biweight, box, epanechnikov, gaussian
+from kreg.shapes import broadcasts_to
 from kreg.weights import weigh
 
 
@@ -194,7 +195,7 @@ def _map(x, axis, where, kernel: Kernel, rule: Rule, fixed=0.0) -> Array:
         where = jnp.asarray(where)
         if where.dtype != bool:
             raise ValueError(f"where: expected a boolean mask, got {where.dtype}")
-        if where.ndim > x.ndim or np.broadcast_shapes(where.shape, x.shape) != x.shape:
+        if not broadcasts_to(where.shape, x.shape):
             raise ValueError(
                 f"where: expected a shape that broadcasts to {x.shape}, got {where.shape}"
             )
@@ -223,7 +224,7 @@ def _check_alpha(alpha) -> None:
 
 
 def _check_per_row(name: str, shape: tuple, of: tuple, axis: int) -> None:
-    if len(shape) != len(of) or shape[axis] != 1 or np.broadcast_shapes(shape, of) != of:
+    if len(shape) != len(of) or shape[axis] != 1 or not broadcasts_to(shape, of):
         raise ValueError(
             f"{name}: expected a number or an array of x's rank that broadcasts to {of} with size "
             f"1 along axis {axis}, got shape {shape}"

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
+from kreg.bandwidth import Fixed
 from kreg.dropout import keep_mask
 from kreg.masks import admissible, plain
 from kreg.problem import Problem
@@ -25,8 +26,9 @@ def attend_rows(
     problem: Problem, where: Bool[Array, "#B #N T S"]
 ) -> tuple[Float[Array, "B T N V"], Stats]:
     """Scores, weighs and averages for the problem's queries; keys nobody sees must be finite."""
-    z, fixed = scores(problem, where)
-    weights, stats = weigh(z, jnp.broadcast_to(where, z.shape), problem.kernel, problem.rule, fixed)
+    z, shift = scores(problem, where)
+    weights, stats = weigh(z, jnp.broadcast_to(where, z.shape), problem.kernel, problem.rule, -0.5)
+    stats = stats._replace(threshold=stats.threshold + shift[..., 0].astype(jnp.float32))
     if problem.dropout_key is not None:
         weights = _drop(problem, problem.dropout_key, weights)
     values = problem.value.astype(problem.dtype)
@@ -57,14 +59,19 @@ def _mix(
 def scores(
     problem: Problem, where: Bool[Array, "#B #N T S"]
 ) -> tuple[Float[Array, "B N T S"], Float[Array, "#B #N #T 1"]]:
-    r"""Scores z = softcap(scale q.k + bias) / h^2, 0 where inadmissible; `Fixed`'s threshold."""
+    r"""Scores z = softcap(scale q.k + bias) / h^2, 0 where inadmissible, less a shift of each row.
+
+    The shift is 0 but for `Fixed`, where it is 1/h^2: what is left is -d^2 / (2 h^2), cut at -1/2,
+    and the gradient of h is a sum of small terms, not a difference of large ones.
+    """
     batch, queries, heads, width = problem.query.shape
     dtype = problem.dtype
     squeeze = 1 / jnp.square(jnp.asarray(problem.rule.h, dtype))
     query = problem.query
     # Scaling the queries is cheaper than scaling the scores, and so is its gradient; but it must
     # not round a half-precision query, and the cap is on scores at h = 1.
-    early = query.dtype == dtype and problem.soft_cap is None
+    is_fixed = isinstance(problem.rule, Fixed)
+    early = query.dtype == dtype and problem.soft_cap is None and not is_fixed
     if early:
         query = query * problem.scale.astype(dtype) * jnp.swapaxes(squeeze, 1, 2)
     query = query.reshape(batch, queries, problem.key.shape[2], -1, width)
@@ -79,15 +86,15 @@ def scores(
     if early:
         if problem.bias is not None:
             s = s + jnp.where(where, problem.bias.astype(dtype), 0) * squeeze
-        return jnp.where(where, s, 0), squeeze - 0.5
+        return jnp.where(where, s, 0), jnp.zeros_like(squeeze)
     s = s * problem.scale.astype(dtype)
     if problem.bias is not None:
         s = s + problem.bias.astype(dtype)
     if problem.soft_cap is not None:
         s = problem.soft_cap * jnp.tanh(s / problem.soft_cap)
     # Before the division, whose gradient multiplies by the scores.
-    s = jnp.where(where, s, 0)
-    return s * squeeze, squeeze - 0.5
+    s = jnp.where(where, s - 1 if is_fixed else s, 0)
+    return s * squeeze, squeeze if is_fixed else jnp.zeros_like(squeeze)
 
 
 def without_dead(

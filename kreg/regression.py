@@ -1,11 +1,11 @@
 r"""Nadaraya-Watson regression in its own terms: any vectors, true distances."""
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from kreg.bandwidth import Adaptive, Rule, check_bandwidth
 from kreg.kernels import Kernel, check_kernel
+from kreg.shapes import broadcasts_to
 from kreg.weights import weigh
 
 
@@ -91,6 +91,6 @@ def _mask(mask, shape: tuple[int, ...]) -> Bool[Array, "*B T S"]:
     mask = jnp.asarray(mask)
     if mask.dtype != bool:
         raise ValueError(f"mask: expected a boolean mask, got {mask.dtype}")
-    if mask.ndim > len(shape) or np.broadcast_shapes(mask.shape, shape) != shape:
+    if not broadcasts_to(mask.shape, shape):
         raise ValueError(f"mask: expected a shape that broadcasts to {shape}, got {mask.shape}")
     return jnp.broadcast_to(mask, shape)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from kreg.nn import MemoryMosaic, MosaicConfig, from_torch, to_torch
 TESTED = {
     "test_golden_blocks.py": ("context_block", "persistent_block", "eft_block", "wkv"),
     "test_golden_models.py": ("stack", "trajectory", "eft_task_stack", "init_stats"),
-    "test_golden_activations.py": ("entmax_activations",),
+    "test_golden_entmax.py": ("entmax_activations",),
 }
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -45,6 +46,9 @@ def test_golden_every_file_is_known():
         pytest.skip("stack.npz is neither in KREG_GOLDEN nor in the committed subset")
     names = {path.stem for path in folder.glob("*.json")} - {"excluded_cases"}
     tested = {name for names in TESTED.values() for name in names}
+    for test, opened in TESTED.items():
+        text = (Path(__file__).parent / test).read_text()
+        assert all(f'"{name}"' in text for name in opened), f"{test} does not open {opened}"
     unknown = {n for n in names - tested if exclusion(f"{n}/*") is None}
     assert not unknown, f"golden files neither tested nor excluded: {sorted(unknown)}"
 
