@@ -85,7 +85,7 @@ def check_against_oracle(cell: Cell, implementation: str, dtype: str) -> None:
         largest = np.abs(want[name]).max()
         if name == "h" and cell.rule_name == "nearest" and cell.order != oracle.INFINITE:
             largest = terms  # K_r(d / d_(k+1)) does not know h: its terms cancel to nothing
-        # What rounding a score costs grows with the slope dp/dz, which Fixed and Nearest leave free.
+        # What rounding a score costs grows with dp/dz, which Fixed and Nearest leave free.
         score = forward.rows.largest_score * forward.rows.slope
         allowed = TOLERANCES[dtype].gradient(score, largest)
         g = np.asarray(g.astype("float64" if dtype == "float64" else "float32"), np.float64)

@@ -1,5 +1,7 @@
 """The xla implementation in linear memory: what the executable asks for, 1k to 8k positions."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -36,7 +38,7 @@ def test_xla_is_linear(mode):
     # chunks (from 2k) twice the length is at most twice the memory: a square would give 4.
     for length, size in zip(LENGTHS, sizes, strict=True):
         assert size <= 1.5 * sizes[0] * length / LENGTHS[0], f"T = {length}: {sizes}"
-    for small, large in zip(sizes[1:], sizes[2:], strict=False):
+    for small, large in itertools.pairwise(sizes[1:]):
         assert large <= 2.1 * small, f"{sizes}"
     dense = 2 * LENGTHS[-1] ** 2 * 4  # one array of scores, two heads
     assert sizes[-1] < dense / 4, f"{sizes[-1]} bytes at T = {LENGTHS[-1]}"
@@ -46,7 +48,7 @@ def test_xla_is_linear(mode):
 def test_xla_is_linear_under_every_rule(rule):
     cell = {"kernel": kreg.epanechnikov, "bandwidth": rule}
     small, large = (temporary_bytes(n, "vjp", "xla", cell) for n in (2048, 8192))
-    # Four times the length; a little more for padding of buffers. Quadratic memory would be 16 times.
+    # Four times the length and some padding of buffers; a square would be 16 times.
     assert large <= 5 * small, f"{small} -> {large} bytes"
 
 
