@@ -9,7 +9,7 @@ PY = .venv/bin/python
 BOOTSTRAP = $(PYTHON) .ci/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test core lint format figures hardware pins clean
+.PHONY: help demo test slow core lint format figures hardware pins clean
 
 help:
 	@echo "kreg: attention as kernel regression. No set-up is needed: each command installs what it needs"
@@ -18,7 +18,7 @@ help:
 	@echo "  make demo      train small Memory Mosaics with six kernels on unseen automata; a table and a"
 	@echo "                 figure in runs/demo (5 minutes on 2 cores; stop it and it goes on next time)"
 	@echo "  make figures   the kernels, their attention maps and bandwidths, drawn into runs/figures"
-	@echo "  make test      all tests; one file: make test ARGS=tests/test_package.py"
+	@echo "  make test      the tests; one file: make test ARGS=tests/test_package.py; make slow: the rest"
 	@echo "  make lint      ruff and pyrefly; make format rewrites the files"
 	@echo "  make hardware  on a machine with a GPU or TPU: tests, timings, the next slice of the long runs"
 	@echo "  make clean     remove the environments and caches; results in runs/ stay"
@@ -38,7 +38,12 @@ figures:
 
 test:
 	@$(BOOTSTRAP)
-	@$(PY) -m pytest $(PYTEST_ARGS) $(ARGS)
+	@$(PY) -m pytest -m "not slow" $(PYTEST_ARGS) $(ARGS)
+
+# What takes minutes: the hardware command on CPU, the longest derivative checks.
+slow:
+	@$(BOOTSTRAP)
+	@$(PY) -m pytest -m slow $(PYTEST_ARGS) $(ARGS)
 
 # The part of the tests that must also pass on the oldest jax that is supported.
 core:

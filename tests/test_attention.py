@@ -295,6 +295,7 @@ def test_a_row_does_not_feel_its_neighbours(kernel, implementation):
         np.testing.assert_array_equal(np.asarray(attend(*others))[0, 3], alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_vmap_scan_remat_jit(implementation):
     query, key, value, _ = (jnp.asarray(a, "float32") for a in draw(Shape(B=6, T=9, S=9)))
