@@ -13,7 +13,7 @@ BOOTSTRAP = $(PYTHON) .ci/bootstrap.py
 
 help:
 	@echo "kreg: attention as kernel regression. No set-up is needed: each command installs what it needs"
-	@echo "into .venv the first time (about 150 MB to download) and starts at once afterwards."
+	@echo "into .venv the first time and starts at once afterwards."
 	@echo
 	@echo "  make demo      train small Memory Mosaics with six kernels on unseen automata; a table and a"
 	@echo "                 figure in runs/demo (5 minutes on 2 cores; stop it and it goes on next time)"
