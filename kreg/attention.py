@@ -3,12 +3,14 @@ r"""Attention as regression: `jax.nn.dot_product_attention` with a kernel and a 
 from typing import Literal, Unpack, overload
 
 import jax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from kreg import implementations
 from kreg.bandwidth import Adaptive, Rule
 from kreg.canonical import Options, Segments, canonical
 from kreg.kernels import Kernel, biweight
+from kreg.masks import Mask
 from kreg.weights import Stats
 
 
@@ -19,7 +21,7 @@ def attention(  # pyrefly: ignore[inconsistent-overload]
     key: Float[Array, "*B S K H"],
     value: Float[Array, "*B S K V"],
     bias: Float[Array, "..."] | None = None,
-    mask: Bool[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | Mask | None = None,
     *,
     return_stats: Literal[True],
     **options: Unpack[Options],
@@ -32,7 +34,7 @@ def attention(  # pyrefly: ignore[inconsistent-overload]
     key: Float[Array, "*B S K H"],
     value: Float[Array, "*B S K V"],
     bias: Float[Array, "..."] | None = None,
-    mask: Bool[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | Mask | None = None,
     *,
     return_stats: Literal[False] = False,
     **options: Unpack[Options],
@@ -44,7 +46,7 @@ def attention(
     key: Float[Array, "*B S K H"],
     value: Float[Array, "*B S K V"],
     bias: Float[Array, "..."] | None = None,
-    mask: Bool[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | Mask | None = None,
     *,
     kernel: Kernel = biweight,
     bandwidth: Rule = Adaptive(),  # noqa: B008 - immutable
@@ -56,6 +58,7 @@ def attention(
     segment_ids: Segments | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     logits_soft_cap: float | None = None,
+    null_score: Float[ArrayLike, "..."] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -73,7 +76,7 @@ def attention(
         value: values, of any width.
         bias: added to scale q.k; [B, N, T, S], any axis may be 1 or, from the left, absent. A bias
             of -inf excludes.
-        mask: boolean of the same shapes; True takes part.
+        mask: boolean of the same shapes, where True takes part, or a `kreg.Mask`.
         kernel: `kreg.biweight` and its relatives; an array order has the scores' rank.
         bandwidth: `Adaptive`, `Fixed`, `Anchored` or `Nearest`; an array h has the scores' rank,
             such as [1, N, 1, 1]. `Fixed` reads scores as cosines: give unit vectors and scale=1.
@@ -85,6 +88,9 @@ def attention(
         segment_ids: queries see keys of their own segment; one array when T == S, or a pair.
         local_window_size: how far before and after i + causal_offset a query sees.
         logits_soft_cap: scores become cap tanh(score / cap).
+        null_score: score, after scale, bias and cap, of one more key whose value is 0 and that
+            every query sees: a row may attend to nothing. A number, or an array such as
+            [1, N, 1, 1]. The weights of the true keys then sum to at most 1.
         dropout_rate: probability with which a weight is dropped; needs a `dropout_key`.
         dropout_key: JAX random key; the mask does not depend on the implementation.
         precision: of both matrix products; None is HIGHEST for float32.
@@ -127,6 +133,7 @@ def attention(
         segment_ids=segment_ids,
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
+        null_score=null_score,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         precision=precision,

@@ -5,12 +5,15 @@ from typing import TypedDict
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from kreg.bandwidth import Adaptive, Fixed, Rule, check_bandwidth
 from kreg.dropout import key_words
 from kreg.kernels import Kernel, biweight, check_kernel
+from kreg.masks import Mask
 from kreg.problem import Problem
+from kreg.shapes import broadcasts_to
 
 type Segments = Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
 
@@ -28,6 +31,7 @@ class Options(TypedDict, total=False):
     segment_ids: Segments | None
     local_window_size: int | tuple[int, int] | None
     logits_soft_cap: float | None
+    null_score: ArrayLike | None
     dropout_rate: float
     dropout_key: Array | None
     precision: jax.lax.PrecisionLike
@@ -51,6 +55,7 @@ def canonical(
     segment_ids=None,
     local_window_size=None,
     logits_soft_cap=None,
+    null_score=None,
     dropout_rate=0.0,
     dropout_key=None,
     precision=None,
@@ -58,7 +63,8 @@ def canonical(
     """Checks the arguments of `attention` and gives them their full shapes."""
     query, key, value = _arrays(query, key, value)
     batch, queries, heads, width = query.shape
-    grid = (batch, heads, queries, key.shape[1])
+    keys = key.shape[1]
+    grid = (batch, heads, queries, keys)
     check_kernel(kernel)
     check_bandwidth(bandwidth, kernel, 4)
     if scale is None and isinstance(bandwidth, Fixed):
@@ -66,28 +72,35 @@ def canonical(
             "scale: expected a number (1 for unit queries and keys) with kreg.Fixed, whose "
             "bandwidth is a distance, got None"
         )
-    if not is_causal and isinstance(causal_offset, (int, np.integer)) and causal_offset != 0:
-        raise ValueError(f"causal_offset: expected 0 without is_causal, got {causal_offset}")
-    segments = _segments(segment_ids, batch, queries, key.shape[1])
     wide = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
+    _check_per_batch("causal_offset", causal_offset, batch)
+    _check_per_batch("query_seq_lengths", query_seq_lengths, batch)
+    _check_per_batch("key_value_seq_lengths", key_value_seq_lengths, batch)
+    ranges = Mask(
+        segment_ids=segment_ids,
+        is_causal=bool(is_causal),
+        causal_offset=causal_offset,
+        local_window_size=local_window_size,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+    )
+    given = mask if isinstance(mask, Mask) else Mask(mask)
+    given.check(*grid)
+    ranges.check(*grid)
     return Problem(
         query=query,
         key=key,
         value=value,
-        bias=_on_grid("bias", bias, grid, jnp.floating),
-        mask=_on_grid("mask", mask, grid, jnp.bool_),
-        kernel=_with_rank(kernel, grid, "kernel", wide),
-        rule=_with_rank(bandwidth, grid, "bandwidth", wide),
+        bias=_on_grid("bias", bias, grid),
+        null=_per_row(null_score, grid, "null_score", wide),
+        mask=given & ranges,
+        kernel=_per_row(kernel, grid, "kernel", wide),
+        rule=_per_row(bandwidth, grid, "bandwidth", wide),
         rows=jnp.arange(queries),
-        offset=_offset(causal_offset, batch),
-        query_lengths=_lengths("query_seq_lengths", query_seq_lengths, batch),
-        key_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
-        query_segments=segments[0],
-        key_segments=segments[1],
+        columns=jnp.arange(keys),
+        pairs=jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads),
         dropout_key=_dropout(dropout_rate, dropout_key),
         scale=jnp.asarray(width**-0.5 if scale is None else scale, wide),
-        is_causal=bool(is_causal),
-        window=_window(local_window_size),
         soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         dropout_rate=float(dropout_rate),
         precision=jax.lax.Precision.HIGHEST if precision is None else precision,
@@ -118,15 +131,15 @@ def _arrays(query, key, value) -> tuple[Array, Array, Array]:
     return query, key, value
 
 
-def _on_grid(name: str, x, grid: tuple[int, ...], kind) -> Array | None:
-    """Gives a bias or mask rank 4; each axis is the grid's or 1."""
+def _on_grid(name: str, x, grid: tuple[int, ...]) -> Array | None:
+    """Gives a bias rank 4; each axis is the grid's or 1."""
     if x is None:
         return None
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, kind):
-        raise ValueError(f"{name}: expected {kind.__name__.rstrip('_')}, got {x.dtype}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}: expected floating, got {x.dtype}")
     full = x.reshape((1,) * (4 - x.ndim) + x.shape) if x.ndim < 4 else x
-    if full.ndim != 4 or any(a not in (1, b) for a, b in zip(full.shape, grid, strict=True)):
+    if not broadcasts_to(full.shape, grid):
         raise ValueError(
             f"{name}: expected a shape that broadcasts to [B, N, T, S] = {list(grid)}, "
             f"got {x.shape}"
@@ -134,14 +147,14 @@ def _on_grid(name: str, x, grid: tuple[int, ...], kind) -> Array | None:
     return full
 
 
-def _with_rank(tree, grid: tuple[int, ...], name: str, dtype):
-    """Gives the arrays of a kernel or rule the scores' rank, one value a row at most."""
+def _per_row(tree, grid: tuple[int, ...], name: str, dtype):
+    """Gives the arrays of a kernel, a rule or a null score rank 4, one value a row at most."""
 
     def leaf(x):
         x = jnp.asarray(x, dtype)
         x = x.reshape((1,) * 4) if x.ndim == 0 else x
         rows = (*grid[:3], 1)
-        if x.ndim != 4 or any(a not in (1, b) for a, b in zip(x.shape, rows, strict=True)):
+        if x.ndim != 4 or not broadcasts_to(x.shape, rows):
             raise ValueError(
                 f"{name}: expected a number or an array that broadcasts to [B, N, T, 1] = "
                 f"{list(rows)}, got shape {x.shape}"
@@ -151,51 +164,17 @@ def _with_rank(tree, grid: tuple[int, ...], name: str, dtype):
     return jax.tree.map(leaf, tree)
 
 
-def _offset(offset, batch: int) -> Int[Array, " #B"]:
-    offset = jnp.asarray(offset)
-    if not jnp.issubdtype(offset.dtype, jnp.integer) or offset.shape not in ((), (batch,)):
+def _check_per_batch(name: str, x, batch: int) -> None:
+    """Raises ValueError where integers are not one, or one a batch entry."""
+    if x is None or isinstance(x, (int, np.integer)):
+        return
+    x = jnp.asarray(x)
+    shapes = ((), (batch,)) if name == "causal_offset" else ((batch,),)
+    if not jnp.issubdtype(x.dtype, jnp.integer) or x.shape not in shapes:
         raise ValueError(
-            f"causal_offset: expected an integer or integers of shape [B={batch}], "
-            f"got {offset.dtype} of shape {offset.shape}"
+            f"{name}: expected an integer or integers of shape [B={batch}], "
+            f"got {x.dtype} of shape {x.shape}"
         )
-    return offset.reshape(-1)
-
-
-def _lengths(name: str, lengths, batch: int) -> Int[Array, " B"] | None:
-    if lengths is None:
-        return None
-    lengths = jnp.asarray(lengths)
-    if not jnp.issubdtype(lengths.dtype, jnp.integer) or lengths.shape != (batch,):
-        raise ValueError(
-            f"{name}: expected integers of shape [B={batch}], "
-            f"got {lengths.dtype} of shape {lengths.shape}"
-        )
-    return lengths
-
-
-def _segments(segment_ids, batch: int, queries: int, keys: int):
-    if segment_ids is None:
-        return None, None
-    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-    of_queries, of_keys = (jnp.asarray(x) for x in pair)
-    of_queries, of_keys = (x[None] if x.ndim == 1 else x for x in (of_queries, of_keys))
-    if of_queries.shape != (batch, queries) or of_keys.shape != (batch, keys):
-        raise ValueError(
-            f"segment_ids: expected [B, T] = {[batch, queries]} (T == S), or a pair of it and "
-            f"[B, S] = {[batch, keys]}, got shapes {of_queries.shape} and {of_keys.shape}"
-        )
-    return of_queries, of_keys
-
-
-def _window(size) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    pair = (size, size) if isinstance(size, (int, np.integer)) else tuple(size)
-    if len(pair) != 2 or any(not isinstance(x, (int, np.integer)) or x < 0 for x in pair):
-        raise ValueError(
-            f"local_window_size: expected an integer >= 0 or a pair (before, after), got {size!r}"
-        )
-    return int(pair[0]), int(pair[1])
 
 
 def _dropout(rate: float, key) -> Array | None:

@@ -18,15 +18,14 @@ def key_words(key: Array) -> UInt32[Array, " 2"]:
 def keep_mask(
     words: UInt32[Array, " 2"],
     rate: float,
-    batch: int,
-    heads: int,
+    pairs: UInt32[Array, "B N"],
     rows: Int[Array, " T"],
-    keys: int,
+    columns: Int[Array, " S"],
 ) -> Bool[Array, "B N T S"]:
     """Draws which weights stay, each with probability 1 - rate."""
-    pair = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads, 1, 1)
+    pair = pairs[:, :, None, None]
     row = rows.astype(jnp.uint32)[None, None, :, None]
-    column = jnp.arange(keys, dtype=jnp.uint32)[None, None, None, :]
+    column = columns.astype(jnp.uint32)[None, None, None, :]
     state = _mix(_mix(words[0] ^ pair) ^ row)
     bits = _mix(_mix(state ^ column) + words[1])
     return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))

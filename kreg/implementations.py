@@ -4,6 +4,7 @@ An implementation takes a canonical `Problem` and returns output and Stats, or r
 NotImplementedError, which means "not these inputs" and nothing else.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -37,6 +38,12 @@ IMPLEMENTATIONS: dict[str, Callable[[Problem], tuple[Array, Stats]]] = {
 def run(problem: Problem, implementation: str | None) -> tuple[Array, Stats]:
     """Runs the named implementation, or the best one for the problem."""
     name, _ = choose(problem) if implementation is None else (implementation, "named")
+    return _compiled(problem, name)
+
+
+# Compiled as one, so that calls outside jit do not trace and compile their loops each time.
+@functools.partial(jax.jit, static_argnames="name")
+def _compiled(problem: Problem, name: str) -> tuple[Array, Stats]:
     return IMPLEMENTATIONS[name](problem)
 
 

@@ -6,44 +6,42 @@ of values.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from kreg.bandwidth import Rule
 from kreg.kernels import Kernel
+from kreg.masks import Mask
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "query", "key", "value", "bias", "mask", "kernel", "rule", "rows", "offset", "scale",
-        "query_lengths", "key_lengths", "query_segments", "key_segments", "dropout_key",
+        "query", "key", "value", "bias", "null", "mask", "kernel", "rule", "rows", "columns",
+        "pairs", "scale", "dropout_key",
     ],
-    meta_fields=["is_causal", "window", "soft_cap", "dropout_rate", "precision"],
+    meta_fields=["soft_cap", "dropout_rate", "precision"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Arrays and options of one attention call, or of a block of its queries."""
+    """Arrays and options of one attention call, or of a part of its batch, heads, queries, keys."""
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K V"]
     bias: Float[Array, "#B #N #T #S"] | None
-    mask: Bool[Array, "#B #N #T #S"] | None
+    null: Float[Array, "#B #N #T 1"] | None
+    mask: Mask
     kernel: Kernel  # an order that is an array has shape [#B, #N, #T, 1]
     rule: Rule  # with h an array of shape [#B, #N, #T, 1]
-    rows: Int[Array, " T"]  # absolute index of each query; blocks of queries keep theirs
-    offset: Int[Array, " #B"]
-    query_lengths: Int[Array, " B"] | None
-    key_lengths: Int[Array, " B"] | None
-    query_segments: Int[Array, "B T"] | None
-    key_segments: Int[Array, "B S"] | None
-    dropout_key: UInt32[Array, " 2"] | None
+    rows: Int[Array, " T"]  # absolute index of each query; parts of a problem keep theirs
+    columns: Int[Array, " S"]
+    pairs: UInt32[Array, "B N"]  # absolute index of each batch entry and head
     scale: Float[Array, ""]
-    is_causal: bool
-    window: tuple[int, int] | None
+    dropout_key: UInt32[Array, " 2"] | None
     soft_cap: float | None
     dropout_rate: float
     precision: jax.lax.PrecisionLike
@@ -53,21 +51,58 @@ class Problem:
         """Type of scores, weights and sums: float32 or wider."""
         return jnp.promote_types(jnp.result_type(self.query, self.key, self.value), jnp.float32)
 
-    def per_query(self) -> "Problem":
-        """Marks the fields that have one row a query with that axis, the others with -1."""
-        queries = self.query.shape[1]
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Length of each axis by its letter: b, t, s, n, k."""
+        batch, queries, heads, _ = self.query.shape
+        keys, groups = self.key.shape[1:3]
+        return {"b": batch, "t": queries, "s": keys, "n": heads, "k": groups}
 
-        def axis(x, at):
-            return at if x is not None and x.shape[at] == queries and queries > 1 else -1
+    def axes(self) -> "Problem":
+        """Names the axes of every array, in a tree of the problem's structure; dots have none."""
 
-        marks = jax.tree.map(lambda _: -1, self)
+        def named(tree, names):
+            return jax.tree.map(lambda _: names, tree)
+
         return dataclasses.replace(
-            marks,
-            query=1,
-            rows=0,
-            bias=None if self.bias is None else axis(self.bias, 2),
-            mask=None if self.mask is None else axis(self.mask, 2),
-            kernel=jax.tree.map(lambda x: axis(x, 2), self.kernel),
-            rule=jax.tree.map(lambda h: axis(h, 2), self.rule),
-            query_segments=None if self.query_segments is None else 1,
+            self,
+            query=named(self.query, "btn."),
+            key=named(self.key, "bsk."),
+            value=named(self.value, "bsk."),
+            bias=named(self.bias, "bnts"),
+            null=named(self.null, "bnt."),
+            mask=self.mask.axes(),
+            kernel=named(self.kernel, "bnt."),
+            rule=named(self.rule, "bnt."),
+            rows="t",
+            columns="s",
+            pairs="bn",
+            scale="",
+            dropout_key=named(self.dropout_key, "."),
         )
+
+    def part(self, **cuts: tuple[int | Array, int]) -> "Problem":
+        """Cuts axes to (start, size); arrays of size 1 along an axis serve all parts of it.
+
+        A start may be traced, the size not.
+        """
+        problem = self
+        for axis, (start, size) in cuts.items():
+            problem = problem._along(axis, functools.partial(_slice, start=start, size=size))
+        return problem
+
+    def _along(self, axis: str, change: Callable[[Array, int], Array]) -> "Problem":
+        """Changes every array that has the axis at more than size 1."""
+        full = self.sizes[axis]
+
+        def leaf(x, names):
+            at = names.find(axis)
+            return change(x, at) if at >= 0 and x.shape[at] == full else x
+
+        return jax.tree.map(leaf, self, self.axes())
+
+
+def _slice(x: Array, axis: int, start: int | Array, size: int) -> Array:
+    if isinstance(start, int):
+        return jax.lax.slice_in_dim(x, start, start + size, axis=axis)
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)

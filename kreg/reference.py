@@ -7,7 +7,6 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from kreg.bandwidth import Fixed
 from kreg.dropout import keep_mask
-from kreg.masks import admissible, plain
 from kreg.problem import Problem
 from kreg.weights import Stats, weigh
 
@@ -17,7 +16,7 @@ _PIECE = 2048
 def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats]:
     """Attends with all scores in memory."""
     where = admissible(problem)
-    if not plain(problem):
+    if not sees_all(problem):
         problem = without_dead(problem, jnp.any(where, axis=-1), seen_keys(problem, where))
     return attend_rows(problem, where)
 
@@ -27,7 +26,7 @@ def attend_rows(
 ) -> tuple[Float[Array, "B T N V"], Stats]:
     """Scores, weighs and averages for the problem's queries; keys nobody sees must be finite."""
     z, shift = scores(problem, where)
-    weights, stats = weigh(z, jnp.broadcast_to(where, z.shape), problem.kernel, problem.rule, -0.5)
+    weights, stats = _weigh(problem, z, jnp.broadcast_to(where, z.shape), shift)
     stats = stats._replace(threshold=stats.threshold + shift[..., 0].astype(jnp.float32))
     if problem.dropout_key is not None:
         weights = _drop(problem, problem.dropout_key, weights)
@@ -37,6 +36,36 @@ def attend_rows(
     out = _mix(weights, values, problem.precision)
     out = out.reshape(*problem.query.shape[:3], -1).astype(problem.value.dtype)
     return out, Stats(*(jnp.swapaxes(x, 1, 2) for x in stats))
+
+
+def admissible(problem: Problem) -> Bool[Array, "#B #N T S"]:
+    """Joins the mask and biases of -inf."""
+    where = problem.mask.admissible(problem.rows, problem.columns)
+    return where if problem.bias is None else where & (problem.bias != -jnp.inf)
+
+
+def sees_all(problem: Problem) -> bool:
+    """True where every query may see every key, known when the function is traced."""
+    mask = problem.mask
+    return mask.is_static and mask.lower is None and mask.upper is None and problem.bias is None
+
+
+def _weigh(
+    problem: Problem,
+    z: Float[Array, "B N T S"],
+    where: Bool[Array, "B N T S"],
+    shift: Float[Array, "#B #N #T 1"],
+) -> tuple[Float[Array, "B N T S"], Stats]:
+    """Weighs the scores; a null score is one more key, whose weight goes nowhere."""
+    kernel, rule, fixed = problem.kernel, problem.rule, -0.5
+    if problem.null is None:
+        return weigh(z, where, kernel, rule, fixed)
+    null = problem.null / jnp.square(jnp.asarray(rule.h, z.dtype)) - shift
+    null = jnp.broadcast_to(null, (*z.shape[:-1], 1))
+    where = jnp.concatenate([where, jnp.ones_like(null, bool)], axis=-1)
+    weights, stats = weigh(jnp.concatenate([z, null], axis=-1), where, kernel, rule, fixed)
+    taken = jnp.astype(weights[..., -1] > 0, jnp.int32)
+    return weights[..., :-1], stats._replace(support=stats.support - taken)
 
 
 def _mix(
@@ -123,7 +152,6 @@ def seen_keys(problem: Problem, where: Bool[Array, "#B #N T S"]) -> Bool[Array, 
 def _drop(
     problem: Problem, words: UInt32[Array, " 2"], weights: Float[Array, "B N T S"]
 ) -> Float[Array, "B N T S"]:
-    batch, heads, _, keys = weights.shape
     rate = problem.dropout_rate
-    keep = keep_mask(words, rate, batch, heads, problem.rows, keys)
+    keep = keep_mask(words, rate, problem.pairs, problem.rows, problem.columns)
     return jnp.where(keep, weights / (1 - rate), 0)

@@ -27,6 +27,8 @@ class Stats(NamedTuple):
     residual: Float[Array, "*rows"]
 
 
+# Compiled as one, so that calls outside jit do not trace and compile their loops each time.
+@jax.jit
 def weigh(
     scores: Float[Array, "*rows n"],
     where: Bool[Array, "*#rows n"],
