@@ -137,6 +137,7 @@ def attention(
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         precision=precision,
+        return_stats=return_stats,
     )
     out, stats = implementations.run(problem, implementation)
     if query.ndim == 3:
@@ -157,5 +158,4 @@ def explain_implementation(*args, implementation: str | None = None, **kwargs) -
     implementations.check(implementation)
     if implementation is not None:
         return f"{implementation}: named by the caller"
-    kwargs.pop("return_stats", None)
     return ": ".join(implementations.choose(canonical(*args, **kwargs)))

@@ -59,6 +59,7 @@ def canonical(
     dropout_rate=0.0,
     dropout_key=None,
     precision=None,
+    return_stats=True,
 ) -> Problem:
     """Checks the arguments of `attention` and gives them their full shapes."""
     query, key, value = _arrays(query, key, value)
@@ -104,6 +105,7 @@ def canonical(
         soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         dropout_rate=float(dropout_rate),
         precision=jax.lax.Precision.HIGHEST if precision is None else precision,
+        with_stats=return_stats,
     )
 
 

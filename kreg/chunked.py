@@ -20,15 +20,12 @@ _LEAST_ROWS = 128
 _BLOCK_BYTES = 2 * 2**20
 
 
-def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats]:
+def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats | None]:
     """Attends block by block."""
-    sizes = problem.sizes
-    row = sizes["b"] * sizes["n"] * sizes["s"] * problem.dtype.itemsize
-    block = max(_LEAST_ROWS, _BLOCK_BYTES // row // _LEAST_ROWS * _LEAST_ROWS)
-    if sizes["t"] <= block:
+    queries, block = problem.sizes["t"], _block(problem)
+    if queries <= block:
         return reference.attend(problem)
-    if not reference.sees_all(problem):
-        problem = reference.without_dead(problem, *_alive(problem, block))
+    problem = alive(problem)
     save = jax.checkpoint_policies.save_only_these_names(THRESHOLD)
     parts, join = _split(problem, block)
 
@@ -37,7 +34,20 @@ def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats]:
         return reference.attend_rows(whole, reference.admissible(whole))
 
     out, stats = jax.lax.map(jax.checkpoint(body, policy=save), parts)
-    return jax.tree.map(lambda x: _unsplit(x, sizes["t"]), (out, stats))
+    return jax.tree.map(lambda x: _unsplit(x, queries), (out, stats))
+
+
+def alive(problem: Problem) -> Problem:
+    """Zeroes queries without keys and keys without queries: NaN there must not leak."""
+    if reference.sees_all(problem):
+        return problem
+    return reference.without_dead(problem, *_alive(problem, _block(problem)))
+
+
+def _block(problem: Problem) -> int:
+    sizes = problem.sizes
+    row = sizes["b"] * sizes["n"] * sizes["s"] * problem.dtype.itemsize
+    return max(_LEAST_ROWS, _BLOCK_BYTES // row // _LEAST_ROWS * _LEAST_ROWS)
 
 
 def _alive(problem: Problem, block: int) -> tuple[Bool[Array, "#B #N T"], Bool[Array, "#B S #K"]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array
 
-from kreg import chunked, reference
+from kreg import chunked, fused, reference
 from kreg.problem import Problem
 from kreg.weights import Stats
 
@@ -20,22 +20,26 @@ _DENSE_BYTES = {"cpu": 48 * 2**20}
 _DENSE_BYTES_ELSEWHERE = 2**30
 
 
-def _unwritten(name: str) -> Callable[[Problem], tuple[Array, Stats]]:
-    def attend(problem: Problem) -> tuple[Array, Stats]:
+def _unwritten(name: str) -> Callable[[Problem], tuple[Array, Stats | None]]:
+    def attend(problem: Problem) -> tuple[Array, Stats | None]:
         raise NotImplementedError(f"implementation={name!r}: no kernel takes these inputs yet")
 
     return attend
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Problem], tuple[Array, Stats]]] = {
+def _in_blocks(problem: Problem) -> tuple[Array, Stats | None]:
+    return (fused if fused.takes(problem) else chunked).attend(problem)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Problem], tuple[Array, Stats | None]]] = {
     "reference": reference.attend,
-    "xla": chunked.attend,
+    "xla": _in_blocks,
     "mosaic_gpu": _unwritten("mosaic_gpu"),
     "mosaic_tpu": _unwritten("mosaic_tpu"),
 }
 
 
-def run(problem: Problem, implementation: str | None) -> tuple[Array, Stats]:
+def run(problem: Problem, implementation: str | None) -> tuple[Array, Stats | None]:
     """Runs the named implementation, or the best one for the problem."""
     name, _ = choose(problem) if implementation is None else (implementation, "named")
     return _compiled(problem, name)
@@ -43,7 +47,7 @@ def run(problem: Problem, implementation: str | None) -> tuple[Array, Stats]:
 
 # Compiled as one, so that calls outside jit do not trace and compile their loops each time.
 @functools.partial(jax.jit, static_argnames="name")
-def _compiled(problem: Problem, name: str) -> tuple[Array, Stats]:
+def _compiled(problem: Problem, name: str) -> tuple[Array, Stats | None]:
     return IMPLEMENTATIONS[name](problem)
 
 

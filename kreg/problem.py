@@ -23,7 +23,7 @@ from kreg.masks import Mask
         "query", "key", "value", "bias", "null", "mask", "kernel", "rule", "rows", "columns",
         "pairs", "scale", "dropout_key",
     ],
-    meta_fields=["soft_cap", "dropout_rate", "precision"],
+    meta_fields=["soft_cap", "dropout_rate", "precision", "with_stats"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -45,6 +45,7 @@ class Problem:
     soft_cap: float | None
     dropout_rate: float
     precision: jax.lax.PrecisionLike
+    with_stats: bool
 
     @property
     def dtype(self):

@@ -13,7 +13,7 @@ from kreg.weights import Stats, weigh
 _PIECE = 2048
 
 
-def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats]:
+def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats | None]:
     """Attends with all scores in memory."""
     where = admissible(problem)
     if not sees_all(problem):
@@ -23,7 +23,7 @@ def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats]:
 
 def attend_rows(
     problem: Problem, where: Bool[Array, "#B #N T S"]
-) -> tuple[Float[Array, "B T N V"], Stats]:
+) -> tuple[Float[Array, "B T N V"], Stats | None]:
     """Scores, weighs and averages for the problem's queries; keys nobody sees must be finite."""
     z, shift = scores(problem, where)
     weights, stats = _weigh(problem, z, jnp.broadcast_to(where, z.shape), shift)
@@ -35,6 +35,8 @@ def attend_rows(
     weights = weights.reshape(z.shape[0], heads, -1, *z.shape[2:])
     out = _mix(weights, values, problem.precision)
     out = out.reshape(*problem.query.shape[:3], -1).astype(problem.value.dtype)
+    if not problem.with_stats:
+        return out, None
     return out, Stats(*(jnp.swapaxes(x, 1, 2) for x in stats))
 
 

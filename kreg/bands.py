@@ -1,0 +1,116 @@
+"""Which blocks of queries meet which keys, from the part of a mask that is known when tracing."""
+
+from typing import NamedTuple
+
+from kreg.problem import Problem
+
+# Rows that a product is given at once, more where keys are few; scores of a block of one group of
+# heads, which should stay in a core's cache, in bytes; blocks that are written out one by one, each
+# with keys of its own (more cost compile time, fewer cost work on keys that nobody sees).
+_ROWS = 256
+_BLOCK_BYTES = 2 * 2**20
+_LARGEST_BYTES = 8 * 2**20
+_MOST_BLOCKS = 8
+
+
+class Block(NamedTuple):
+    """Blocks of queries, one after the other, that meet equally many keys.
+
+    start: the first query.
+    rows: queries in a block.
+    count: how many blocks.
+    low: first key, for the first block.
+    keys: how many keys each block meets.
+    slides: whether the first key moves with the block, kept inside [0, last].
+    last: the greatest first key.
+    mixed: ranges (first, size) of these keys that need the mask.
+    """
+
+    start: int
+    rows: int
+    count: int
+    low: int
+    keys: int
+    slides: bool
+    last: int
+    mixed: tuple[tuple[int, int], ...]
+
+    def first(self, start):
+        """First key of the block that begins with query `start`."""
+        if not self.slides:
+            return self.low
+        low = self.low + (start - self.start)
+        if isinstance(low, int):
+            return min(max(low, 0), self.last)
+        return low.clip(0, self.last)
+
+
+def blocks(problem: Problem) -> list[Block]:
+    """Plans the blocks; queries that see no key by the band are left out."""
+    sizes = problem.sizes
+    queries, keys = sizes["t"], sizes["s"]
+    rows = _rows(problem)
+    lower, upper = (
+        x if isinstance(x, int) else None for x in (problem.mask.lower, problem.mask.upper)
+    )
+    static = problem.mask.is_static
+    first = 0 if upper is None else min(max(0, -upper), queries)
+    stop = queries if lower is None else max(min(queries, keys - lower), first)
+    if lower is not None and upper is not None:
+        span = rows + upper - lower
+        if 2 * span <= keys:
+            return _sliding(first, stop, rows, lower, span, keys)
+    plan: list[Block] = []
+    step = stop - first
+    if lower is not None or upper is not None:
+        step = max(rows, -(-(stop - first) // (_MOST_BLOCKS * rows)) * rows)
+    for start in range(first, stop, max(step, 1)):
+        end = min(start + step, stop)
+        low = 0 if lower is None else min(max(0, start + lower), keys)
+        high = keys if upper is None else min(keys, end + upper)
+        mixed = ((0, high - low),)
+        if static:
+            mixed = _mixed(start, end, low, high, lower, upper)
+        whole, rest = divmod(end - start, rows)
+        for begin, size, count in ((start, rows, whole), (end - rest, rest, 1)):
+            if size and count:
+                plan.append(Block(begin, size, count, low, high - low, False, low, mixed))
+    return plan
+
+
+def _sliding(first: int, stop: int, rows: int, lower: int, span: int, keys: int) -> list[Block]:
+    """Plans blocks whose keys move along with them, for windows much shorter than the keys."""
+    whole, rest = divmod(stop - first, rows)
+    plan = []
+    for begin, size, count in ((first, rows, whole), (stop - rest, rest, 1)):
+        if size and count:
+            low = begin + lower
+            plan.append(Block(begin, size, count, low, span, True, keys - span, ((0, span),)))
+    return plan
+
+
+def _mixed(start: int, end: int, low: int, high: int, lower, upper) -> tuple[tuple[int, int], ...]:
+    """Ranges of the keys [low, high) that only some of the queries [start, end) see."""
+    left = low if lower is None else min(max(low, end - 1 + lower), high)
+    right = high if upper is None else max(min(high, start + upper + 1), low)
+    if left >= right:
+        return ((0, high - low),)
+    return tuple((a - low, b - a) for a, b in ((low, left), (right, high)) if b > a)
+
+
+def _rows(problem: Problem) -> int:
+    sizes = problem.sizes
+    share = sizes["n"] // sizes["k"]
+    row = share * sizes["s"] * problem.dtype.itemsize
+    wanted = _ROWS // 2 if sizes["t"] <= 1024 else _ROWS
+    wanted = min(max(wanted // share, 16), sizes["t"])
+    return max(min(wanted, _LARGEST_BYTES // row), 1)
+
+
+def group_size(problem: Problem) -> int:
+    """How many key heads are worked on together."""
+    sizes = problem.sizes
+    share = sizes["n"] // sizes["k"]
+    block = _rows(problem) * share * sizes["s"] * problem.dtype.itemsize
+    most = max(1, _BLOCK_BYTES // block)
+    return max(n for n in range(1, sizes["k"] + 1) if sizes["k"] % n == 0 and n <= most)
