@@ -142,7 +142,7 @@ def attention(
     out, stats = implementations.run(problem, implementation)
     if query.ndim == 3:
         out, stats = out[0], jax.tree.map(lambda x: x[0], stats)
-    return (out, jax.lax.stop_gradient(stats)) if return_stats else out
+    return out if stats is None else (out, jax.lax.stop_gradient(stats))
 
 
 def explain_implementation(*args, implementation: str | None = None, **kwargs) -> str:

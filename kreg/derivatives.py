@@ -163,6 +163,8 @@ def _batched(primitive: Primitive) -> Callable:
 class _Mapped(tuple):
     """The two functions under vmap; equal, for caches, where functions and axes are equal."""
 
+    key: tuple
+
     def __new__(cls, functions, axes, tree):
         plain, backward = functions
         x_axes, rest_axes, kept_axes = jax.tree.unflatten(tree, axes)

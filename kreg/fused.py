@@ -9,7 +9,7 @@ p = [y - tau]_+^r / sum and tau = t / r.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,14 +42,14 @@ class Inputs(NamedTuple):
 
 def takes(problem: Problem) -> bool:
     """True where this path computes the problem."""
-    order = problem.kernel.order if problem.kernel.is_static else 0
+    order = _order(problem)
     return (
         isinstance(problem.rule, Adaptive)
         and (1 <= order <= _LARGEST_ORDER or order == math.inf)
         and problem.soft_cap is None
         and problem.null is None
         and problem.dropout_key is None
-        and (problem.bias is None or jnp.size(problem.rule.h) == 1)
+        and (problem.bias is None or math.prod(jnp.shape(problem.rule.h)) == 1)
     )
 
 
@@ -66,9 +66,11 @@ def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats | None]:
         bias, mask = jnp.where(seen, bias, 0).astype(dtype) * squeeze, mask & Mask(seen)
     inputs = Inputs(problem.query.astype(dtype) * scale, problem.key, problem.value, bias)
     rest = dataclasses.replace(
-        problem, query=None, key=None, value=None, bias=None, mask=mask,
-        rule=Adaptive(jnp.ones((1, 1, 1, 1), dtype)), scale=jnp.asarray(unit, dtype),
-    )  # fmt: skip
+        _emptied(problem),
+        mask=mask,
+        rule=Adaptive(jnp.ones((1, 1, 1, 1), dtype)),
+        scale=jnp.asarray(unit, dtype),
+    )
     return _attend(inputs, rest)
 
 
@@ -89,23 +91,41 @@ def _without_dead(problem: Problem) -> Problem:
     )
 
 
+def _order(problem: Problem) -> float:
+    """The kernel's static order, 0 where it is traced."""
+    order = problem.kernel.static_order
+    return 0 if order is None else order
+
+
 def _unit(problem: Problem) -> float:
-    return 1.0 if problem.kernel.order == math.inf else float(problem.kernel.order)
+    order = _order(problem)
+    return 1.0 if order == math.inf else float(order)
+
+
+def _emptied(problem: Problem) -> Problem:
+    """Takes out what `Inputs` carries."""
+    none: Any = None
+    return dataclasses.replace(problem, query=none, key=none, value=none, bias=none)
+
+
+def _filled(rest: Problem, inputs: Inputs) -> Problem:
+    query, key, value, bias = inputs
+    return dataclasses.replace(rest, query=query, key=key, value=value, bias=bias)
 
 
 def _plain(inputs: Inputs, rest: Problem) -> Float[Array, "B T N V"]:
     """Computes the same with the chunked path, whose every derivative JAX can take."""
-    bias = None if inputs.bias is None else inputs.bias * rest.scale
-    fields = {**inputs._asdict(), "bias": bias, "with_stats": False}
-    return chunked.attend(dataclasses.replace(rest, **fields))[0]
+    if inputs.bias is not None:
+        inputs = inputs._replace(bias=inputs.bias * rest.scale)
+    return chunked.attend(dataclasses.replace(_filled(rest, inputs), with_stats=False))[0]
 
 
 def _forward(inputs: Inputs, rest: Problem):
-    problem = dataclasses.replace(rest, **inputs._asdict())
+    problem = _filled(rest, inputs)
     batch, queries, heads, _ = inputs.query.shape
     groups, width = inputs.value.shape[2:]
     share = heads // groups
-    order, dtype = rest.kernel.order, rest.scale.dtype
+    order, dtype = _order(rest), rest.scale.dtype
     plan = blocks(problem)
     out = jnp.zeros((batch, queries, heads, width), inputs.value.dtype)
     row = jnp.zeros((batch, groups, share, queries), dtype)
@@ -141,9 +161,9 @@ def _forward(inputs: Inputs, rest: Problem):
 
 
 def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"]) -> Inputs:
-    problem = dataclasses.replace(rest, **inputs._asdict())
+    problem = _filled(rest, inputs)
     kept, _ = saved
-    order, dtype, precision = rest.kernel.order, rest.scale.dtype, rest.precision
+    order, dtype, precision = _order(rest), rest.scale.dtype, rest.precision
     share = inputs.query.shape[2] // inputs.key.shape[2]
     plan = blocks(problem)
     change = jax.tree.map(jnp.zeros_like, inputs)
@@ -299,8 +319,10 @@ def _mix(p, v, precision):
     piece = 2048
     if v.shape[1] <= 2 * piece:
         return _product(p, v, 2, 1, precision)
-    ends = range(0, v.shape[1], piece)
-    return sum(_product(p[..., i : i + piece], v[:, i : i + piece], 2, 1, precision) for i in ends)
+    total = _product(p[..., :piece], v[:, :piece], 2, 1, precision)
+    for i in range(piece, v.shape[1], piece):
+        total += _product(p[..., i : i + piece], v[:, i : i + piece], 2, 1, precision)
+    return total
 
 
 def _along(x: Array, axis: int, start, size: int) -> Array:

@@ -80,6 +80,11 @@ class Kernel:
         return 1 / self._excess if self._order is None else self._order
 
     @property
+    def static_order(self) -> float | None:
+        """The exponent where it is a Python number, None where it is an array."""
+        return self._order
+
+    @property
     def alpha(self) -> float | Array:
         """The entmax parameter 1 + 1/r."""
         return 1 + self.excess

@@ -177,13 +177,13 @@ class Mask:
             empty, full = empty | ~some, full & every
         return jnp.where(empty, 0, jnp.where(full, 2, 1)).astype(jnp.int8)
 
-    def axes(self) -> "Mask":
-        """Names the axes of every array, in a tree of the mask's structure; a dot is neither."""
+    def axes(self) -> Any:
+        """Names the axes of every array, in a tree of the mask's structure."""
         names = {
             "array": "bnts", "key_start": "bt", "key_stop": "bt", "query_start": "bs",
             "query_stop": "bs", "lower": "b", "upper": "b",
         }  # fmt: skip
-        mask = _bare()
+        mask: Any = _bare()
         for name, axes in names.items():
             value = getattr(self, name)
             setattr(mask, name, value if value is None or isinstance(value, int) else axes)
@@ -251,7 +251,7 @@ def _meet(a: Any, b: Any, meet) -> Any:
     return {max: jnp.maximum, min: jnp.minimum}.get(meet, meet)(a, b)
 
 
-def _stand(diagonal: Diagonal):
+def _stand(diagonal: int | Int[Array, " #B"]):
     return diagonal if isinstance(diagonal, int) else diagonal[:, None, None]
 
 
@@ -310,14 +310,17 @@ def _segments(ids) -> tuple[Int[Array, "#B T"], Int[Array, "#B S"]]:
     pair = ids if isinstance(ids, tuple) else (ids, ids)
     if len(pair) != 2:
         raise ValueError(f"segment_ids: expected an array or a pair of arrays, got {len(pair)}")
-    of_queries, of_keys = (jnp.asarray(x) for x in pair)
-    for x in (of_queries, of_keys):
-        if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim not in (1, 2):
-            raise ValueError(
-                f"segment_ids: expected integers of shape [T] or [B, T], "
-                f"got {x.dtype} of shape {x.shape}"
-            )
-    return tuple(x[None] if x.ndim == 1 else x for x in (of_queries, of_keys))
+    return _ids(pair[0]), _ids(pair[1])
+
+
+def _ids(x) -> Int[Array, "#B L"]:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim not in (1, 2):
+        raise ValueError(
+            f"segment_ids: expected integers of shape [T] or [B, T], "
+            f"got {x.dtype} of shape {x.shape}"
+        )
+    return x[None] if x.ndim == 1 else x
 
 
 def _offset(offset) -> int | Int[Array, " #B"]:

@@ -1,5 +1,7 @@
 """Flax NNX modules: they hold parameters and call the functions of kreg."""
 
+from kreg.nn.attention_fn import AttentionFn as AttentionFn
+from kreg.nn.attention_fn import attention_fn as attention_fn
 from kreg.nn.config import MosaicConfig as MosaicConfig
 from kreg.nn.convert import from_torch as from_torch
 from kreg.nn.convert import to_torch as to_torch
