@@ -43,12 +43,12 @@ test:
 # What takes minutes: the hardware command on CPU, the longest derivative checks.
 slow:
 	@$(BOOTSTRAP)
-	@$(PY) -m pytest -m slow $(PYTEST_ARGS) $(ARGS)
+	@XLA_FLAGS= $(PY) -m pytest -m slow $(PYTEST_ARGS) $(ARGS)
 
 # The part of the tests that must also pass on the oldest jax that is supported.
 core:
 	@$(BOOTSTRAP) oldest
-	@.venv-oldest/bin/python -m pytest -m core $(PYTEST_ARGS) $(ARGS)
+	@XLA_FLAGS= .venv-oldest/bin/python -m pytest -m "core and not slow" $(PYTEST_ARGS) $(ARGS)
 
 lint:
 	@$(BOOTSTRAP) user lint

@@ -153,7 +153,7 @@ def explain_implementation(*args, implementation: str | None = None, **kwargs) -
         >>> import kreg
         >>> q = jnp.zeros((1, 8, 2, 4))
         >>> kreg.explain_implementation(q, q, q)
-        'reference: dense is fastest: the scores take 0.0 MiB, the limit is 48'
+        'reference: dense is fastest: the scores take 0.0 MiB, the limit is 2'
     """
     implementations.check(implementation)
     if implementation is not None:

@@ -54,6 +54,17 @@ class Rule:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(h={self.h})"
 
+    # By value where h is a number, so that layers made alike count as alike.
+    def _value(self) -> tuple:
+        h = self.h if isinstance(self.h, (int, float)) else id(self.h)
+        return type(self), h, self.tree_flatten()[1]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rule) and self._value() == other._value()
+
+    def __hash__(self) -> int:
+        return hash(self._value())
+
     def cut(self, rows: Rows, kernel: Kernel, fixed: Array) -> Cut:
         """Finds where the rows are cut; `fixed` is the threshold that `Fixed` stands for."""
         raise NotImplementedError

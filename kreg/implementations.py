@@ -14,8 +14,10 @@ from kreg import chunked, fused, reference
 from kreg.problem import Problem
 from kreg.weights import Stats
 
-# Scores of up to this many bytes are formed at once; larger problems go block by block. The limit
-# for CPU is about the size of a cache, for accelerators a small part of their memory.
+# Scores of up to this many bytes are formed at once; larger problems go block by block. On CPU the
+# limits are about the sizes of caches, the smaller one where the blocks have a backward pass of
+# their own; on accelerators the limit is a small part of their memory.
+_FUSED_BYTES = 2 * 2**20
 _DENSE_BYTES = {"cpu": 48 * 2**20}
 _DENSE_BYTES_ELSEWHERE = 2**30
 
@@ -28,7 +30,11 @@ def _unwritten(name: str) -> Callable[[Problem], tuple[Array, Stats | None]]:
 
 
 def _in_blocks(problem: Problem) -> tuple[Array, Stats | None]:
-    return (fused if fused.takes(problem) else chunked).attend(problem)
+    return (fused if _fuses(problem) else chunked).attend(problem)
+
+
+def _fuses(problem: Problem) -> bool:
+    return jax.default_backend() == "cpu" and fused.takes(problem)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Problem], tuple[Array, Stats | None]]] = {
@@ -62,10 +68,12 @@ def check(implementation: str | None) -> None:
 
 def choose(problem: Problem) -> tuple[str, str]:
     """Chooses by size: dense while the scores are small, in blocks of queries beyond."""
-    batch, queries, heads, _ = problem.query.shape
-    size = batch * heads * queries * problem.key.shape[1] * problem.dtype.itemsize
+    sizes = problem.sizes
+    size = sizes["b"] * sizes["n"] * sizes["t"] * sizes["s"] * problem.dtype.itemsize
     limit = _DENSE_BYTES.get(jax.default_backend(), _DENSE_BYTES_ELSEWHERE)
+    if _fuses(problem):
+        limit = _FUSED_BYTES
     what = f"the scores take {size / 2**20:.1f} MiB, the limit is {limit / 2**20:.0f}"
     if size <= limit:
         return "reference", f"dense is fastest: {what}"
-    return "xla", f"memory must stay linear in length: {what}"
+    return "xla", f"blocks of queries are faster, in memory linear in length: {what}"

@@ -7,13 +7,12 @@ and scores of -inf, get weight 0 and may hold anything; a row with no entry left
 
 import jax.numpy as jnp
 import numpy as np
-from jax import core
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from kreg.arguments import along_last, as_scores, check_values, is_number, per_row
 from kreg.bandwidth import Adaptive, Anchored, Fixed, Nearest, Rule
 from kreg.kernels import Kernel, biweight, box, epanechnikov, gaussian
-from kreg.shapes import broadcasts_to
 from kreg.weights import weigh
 
 
@@ -98,14 +97,11 @@ def entmax(
         <https://arxiv.org/abs/1905.05702>`_, 2019;
         Correia et al., `Adaptively Sparse Transformers <https://arxiv.org/abs/1909.00015>`_, 2019.
     """
-    _check_alpha(alpha)
-    if isinstance(alpha, (int, float, np.generic)):
+    check_values("alpha", alpha, lambda a: a >= 1, "values >= 1")
+    if is_number(alpha):
         return _map(x, axis, where, Kernel.from_alpha(alpha), Adaptive())
-    x = _scores(x)
-    alpha = jnp.asarray(alpha, jnp.promote_types(x.dtype, jnp.float32))
-    if alpha.ndim:
-        _check_per_row("alpha", alpha.shape, x.shape, axis)
-        alpha = jnp.moveaxis(alpha, axis, -1)
+    x = as_scores("x", x, axis)
+    alpha = per_row("alpha", alpha, x, axis)
     alpha = jnp.where(alpha >= 1, alpha, jnp.nan)
     return _map(x, axis, where, Kernel.from_alpha(alpha), Adaptive())
 
@@ -148,11 +144,8 @@ def normalized_relu(
         >>> kreg.normalized_relu(jnp.array([3.0, 1.0, -1.0])).tolist()
         [0.75, 0.25, 0.0]
     """
-    x = _scores(x)
-    threshold = jnp.asarray(threshold, jnp.promote_types(x.dtype, jnp.float32))
-    if threshold.ndim:
-        _check_per_row("threshold", threshold.shape, x.shape, axis)
-        threshold = jnp.moveaxis(threshold, axis, -1)
+    x = as_scores("x", x, axis)
+    threshold = per_row("threshold", threshold, x, axis)
     return _map(x, axis, where, epanechnikov, Fixed(1.0), fixed=threshold)
 
 
@@ -185,47 +178,8 @@ def topk_uniform(
 
 
 def _map(x, axis, where, kernel: Kernel, rule: Rule, fixed=0.0) -> Array:
-    x = _scores(x)
-    if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis: expected an axis of x with shape {x.shape}, got {axis}")
+    x = as_scores("x", x, axis)
     if isinstance(rule, Nearest) and not (isinstance(rule.k, (int, np.integer)) and rule.k >= 1):
         raise ValueError(f"k: expected an integer >= 1, got {rule.k!r}")
-    admissible = x > -jnp.inf
-    if where is not None:
-        where = jnp.asarray(where)
-        if where.dtype != bool:
-            raise ValueError(f"where: expected a boolean mask, got {where.dtype}")
-        if not broadcasts_to(where.shape, x.shape):
-            raise ValueError(
-                f"where: expected a shape that broadcasts to {x.shape}, got {where.shape}"
-            )
-        admissible &= jnp.broadcast_to(where, x.shape)
-    else:
-        # NaN is not > -inf, and at an admissible entry it is the caller's.
-        admissible |= jnp.isnan(x)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    wide, admissible = jnp.moveaxis(wide, axis, -1), jnp.moveaxis(admissible, axis, -1)
-    weights, _ = weigh(jnp.where(admissible, wide, 0), admissible, kernel, rule, fixed)
+    weights, _ = weigh(*along_last(x, axis, where), kernel, rule, fixed)
     return jnp.moveaxis(weights, -1, axis).astype(x.dtype)
-
-
-def _scores(x) -> Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        x = x.astype(jnp.result_type(float))
-    if x.ndim == 0 or 0 in x.shape[-1:]:
-        raise ValueError(f"x: expected at least one axis with an entry, got shape {x.shape}")
-    return x
-
-
-def _check_alpha(alpha) -> None:
-    if not isinstance(alpha, core.Tracer) and not np.all(np.asarray(alpha, np.float64) >= 1):
-        raise ValueError(f"alpha: expected values >= 1, got {alpha}")
-
-
-def _check_per_row(name: str, shape: tuple, of: tuple, axis: int) -> None:
-    if len(shape) != len(of) or shape[axis] != 1 or not broadcasts_to(shape, of):
-        raise ValueError(
-            f"{name}: expected a number or an array of x's rank that broadcasts to {of} with size "
-            f"1 along axis {axis}, got shape {shape}"
-        )

@@ -1,9 +1,12 @@
-"""Settings of every test: quiet CPU JAX, strict rank promotion, the core's doctests marked."""
+"""Settings of every test: quiet CPU JAX that compiles fast, strict rank promotion, core doctests."""
 
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time goes into compiling. `make core` and `make slow` compile as users do.
+FAST = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+os.environ.setdefault("XLA_FLAGS", FAST)
 
 import jax
 import pytest

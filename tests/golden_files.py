@@ -26,9 +26,6 @@ class Exclusion(NamedTuple):
 
 
 EXCLUSIONS = (
-    Exclusion("entmax_activations/*normmax*", "normmax comes with a later issue"),
-    Exclusion("entmax_activations/*budget*", "budget comes with a later issue"),
-    Exclusion("entmax_losses/*", "the Fenchel-Young losses come with a later issue"),
     Exclusion("nano/*", "the nanoMosaics and GPT parameter sets come with a later issue"),
     Exclusion("init_stats/nano*", "we draw as the dense file does, not as nanoMosaics"),
     Exclusion("threemoons/*", "the complex-valued model comes with a later issue"),

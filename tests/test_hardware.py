@@ -83,6 +83,7 @@ def test_the_block_blocks(bare):
         assert ended.returncode == 1 and b"ModuleNotFoundError" in ended.stderr
 
 
+@pytest.mark.slow
 def test_only_a_cpu_is_one_line_and_no_work(bare, tmp_path):
     ended = command("--out", str(tmp_path / "out"), PYTHONPATH=bare)
     assert ended.returncode == 0 and not (tmp_path / "out").exists()
@@ -332,6 +333,7 @@ def test_bad_words(words, capsys):
     assert ended.value.code == 2 and "error" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     ended = command("queue", "--allow-cpu", "--smoke", "--out", str(tmp_path / "file" / "out"))

@@ -48,6 +48,7 @@ def test_effective_bandwidth_prescribes_the_unnormalised_sum(kernel):
     np.testing.assert_allclose(total, (2 * r * h**2 / width**2) ** r, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_command_writes_both_figures_and_refuses_a_file_as_folder(tmp_path):
     command = [sys.executable, "-m", "experiments.kernel_figures", "--out"]
     subprocess.run([*command, str(tmp_path / "figures")], check=True)

@@ -105,6 +105,7 @@ def test_translation_and_rotation_change_nothing():
 DIFFERENTIATED = [("biweight", "adaptive"), ("epanechnikov", "anchored"), ("order1.5", "fixed")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", [Cell(*names, 1.1) for names in DIFFERENTIATED], ids=str)
 def test_check_grads(cell):
     queries, keys, values = draw(queries=3, keys=6, seed=5)
