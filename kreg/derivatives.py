@@ -166,11 +166,7 @@ class _Mapped(tuple):
     key: tuple
 
     def __new__(cls, functions, axes, tree):
-        plain, backward = functions
-        x_axes, rest_axes, kept_axes = jax.tree.unflatten(tree, axes)
-        mapped_plain = jax.vmap(plain, in_axes=(x_axes, rest_axes))
-        mapped_backward = jax.vmap(backward, in_axes=(x_axes, rest_axes, kept_axes, 0))
-        self = super().__new__(cls, (mapped_plain, mapped_backward))
+        self = super().__new__(cls, (_over(f, axes) for f in functions))
         self.key = (functions, axes, tree)
         return self
 
@@ -179,6 +175,17 @@ class _Mapped(tuple):
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+
+def _over(function: Callable, axes: tuple) -> Callable:
+    """Maps over the first axis of those leaves that have one; arguments beyond the axes all have."""
+
+    def mapped(*arguments):
+        leaves, tree = jax.tree.flatten(arguments)
+        places = (*axes[: len(leaves)], *(0,) * (len(leaves) - len(axes)))
+        return jax.vmap(lambda *leaves: function(*jax.tree.unflatten(tree, leaves)), places)(*leaves)
+
+    return mapped
 
 
 _compiled = functools.partial(jax.jit, static_argnames=("functions", "tree", "count", "out"))

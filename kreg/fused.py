@@ -17,7 +17,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kreg import chunked
+from kreg import chunked, reference
 from kreg.bands import Block, blocks, group_size
 from kreg.bandwidth import Adaptive
 from kreg.derivatives import differentiable
@@ -71,7 +71,8 @@ def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats | None]:
         rule=Adaptive(jnp.ones((1, 1, 1, 1), dtype)),
         scale=jnp.asarray(unit, dtype),
     )
-    return _attend(inputs, rest)
+    out, stats = _attend(inputs, rest)
+    return out, None if stats is None else reference.certified(problem, stats)
 
 
 def _without_dead(problem: Problem) -> Problem:

@@ -2,6 +2,7 @@ r"""Attention, dense: the definition, one line a step, on the whole score matrix
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
@@ -37,7 +38,20 @@ def attend_rows(
     out = out.reshape(*problem.query.shape[:3], -1).astype(problem.value.dtype)
     if not problem.with_stats:
         return out, None
-    return out, Stats(*(jnp.swapaxes(x, 1, 2) for x in stats))
+    return out, certified(problem, Stats(*(jnp.swapaxes(x, 1, 2) for x in stats)))
+
+
+def certified(problem: Problem, stats: Stats) -> Stats:
+    """Adds to the residuals what rounding inside q.k may have moved the scores by."""
+    norm = jnp.linalg.norm
+    query = norm(problem.query.astype(jnp.float32), axis=-1)
+    key = jnp.max(norm(problem.key.astype(jnp.float32), axis=-1), axis=1)
+    key = jnp.repeat(key, query.shape[-1] // key.shape[-1], axis=-1)[:, None]
+    h = jnp.swapaxes(jnp.asarray(problem.rule.h, jnp.float32), 1, 2)[..., 0]
+    largest = query * key * jnp.abs(problem.scale.astype(jnp.float32)) / jnp.square(h)
+    rounding = jnp.finfo(jnp.float32).eps * (4 + problem.query.shape[-1] / 16) * largest
+    residual = jnp.where(stats.residual > 0, stats.residual + rounding, 0)
+    return stats._replace(residual=jax.lax.stop_gradient(residual))
 
 
 def admissible(problem: Problem) -> Bool[Array, "#B #N T S"]:

@@ -1,12 +1,13 @@
-"""Settings of every test: quiet CPU JAX that compiles fast, strict rank promotion, core doctests."""
+"""Settings of every test: CPU JAX that compiles fast, strict rank promotion, core doctests."""
 
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time goes into compiling. `make core` and `make slow` compile as users do.
-FAST = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-os.environ.setdefault("XLA_FLAGS", FAST)
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+)
 
 import jax
 import pytest

@@ -164,7 +164,7 @@ def rows(
     uniform = (total == 0) & ~empty
     if rule.name == "nearest" and order not in (0, INFINITE):
         uniform |= (where.sum(-1, keepdims=True) <= rule.k) & ~empty
-        chosen = z >= _kth_largest(z, rule.k)
+        chosen = where_or_all & (z >= _kth_largest(z, rule.k))
     else:
         chosen = where
     w, u = np.where(uniform, chosen, w), np.where(uniform, 0, u)

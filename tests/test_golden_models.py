@@ -28,6 +28,7 @@ TESTED = {
     "test_golden_blocks.py": ("context_block", "persistent_block", "eft_block", "wkv"),
     "test_golden_models.py": ("stack", "trajectory", "eft_task_stack", "init_stats"),
     "test_golden_entmax.py": ("entmax_activations",),
+    "test_golden_losses.py": ("entmax_losses",),
 }
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
