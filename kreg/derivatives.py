@@ -178,12 +178,16 @@ class _Mapped(tuple):
 
 
 def _over(function: Callable, axes: tuple) -> Callable:
-    """Maps over the first axis of those leaves that have one; arguments beyond the axes all have."""
+    """Maps over the first axis of those leaves that have one; further arguments all have one."""
 
     def mapped(*arguments):
         leaves, tree = jax.tree.flatten(arguments)
         places = (*axes[: len(leaves)], *(0,) * (len(leaves) - len(axes)))
-        return jax.vmap(lambda *leaves: function(*jax.tree.unflatten(tree, leaves)), places)(*leaves)
+
+        def one(*leaves):
+            return function(*jax.tree.unflatten(tree, leaves))
+
+        return jax.vmap(one, places)(*leaves)
 
     return mapped
 

@@ -21,6 +21,7 @@ from kreg import chunked, reference
 from kreg.bands import Block, blocks, group_size
 from kreg.bandwidth import Adaptive
 from kreg.derivatives import differentiable
+from kreg.dropout import keep_mask
 from kreg.masks import Mask
 from kreg.problem import Problem
 from kreg.rowwise import Rows, solve, weights, weights_and_slopes
@@ -48,7 +49,6 @@ def takes(problem: Problem) -> bool:
         and (1 <= order <= _LARGEST_ORDER or order == math.inf)
         and problem.soft_cap is None
         and problem.null is None
-        and problem.dropout_key is None
         and (problem.bias is None or math.prod(jnp.shape(problem.rule.h)) == 1)
     )
 
@@ -140,7 +140,7 @@ def _forward(inputs: Inputs, rest: Problem):
             out, kept, stats = carry
             y = local.scores(block, start)
             rows = solve(order, y)
-            p = weights(order, y, rows)
+            p = local.dropped(weights(order, y, rows), block, start)
             o = _mix(
                 p.reshape(p.shape[0], -1, p.shape[-1]),
                 local.keys_of(local.value, block, start),
@@ -182,12 +182,14 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
             key, value = (local.keys_of(x, block, start) for x in (local.key, local.value))
             rows = _take_rows(kept, place, start, block.rows)
             p, lower = weights_and_slopes(order, y, rows)
+            p = local.dropped(p, block, start)
             merged = p.shape[0], p.shape[1] * p.shape[2]
             q, g = (
                 lax.dynamic_slice_in_dim(x, start, block.rows, axis=2).reshape(*merged, -1)
                 for x in (local.query, do)
             )
             dp = _product(g, value, 2, 2, precision).reshape(p.shape)
+            dp = local.dropped(dp, block, start)
             delta = jnp.sum(lower * dp, axis=-1, keepdims=True) * rows.slope[..., None]
             unit = _unit(problem)
             dy = lower * (dp - delta) * (unit * rows.scale[..., None])
@@ -288,6 +290,18 @@ class _Local:
     def keys_of(self, x: Float[Array, "k S H"], block: Block, start) -> Float[Array, "k L H"]:
         return _along(x, 1, block.first(start), block.keys)
 
+    def part(self, block: Block, start) -> Problem:
+        return self.problem.part(t=(start, block.rows), s=(block.first(start), block.keys))
+
+    def dropped(self, p: Float[Array, "k G C L"], block: Block, start) -> Float[Array, "k G C L"]:
+        """Drops weights, or what flows back to them, and scales the others up."""
+        words, rate = self.problem.dropout_key, self.problem.dropout_rate
+        if words is None:
+            return p
+        part = self.part(block, start)
+        keep = keep_mask(words, rate, part.pairs, part.rows, part.columns)
+        return jnp.where(_by_group(keep, *p.shape[:2]), p / (1 - rate), 0)
+
     def scores(self, block: Block, start) -> Float[Array, "k G C L"]:
         """Scores of a block of queries with its keys, far below any other where inadmissible."""
         query = lax.dynamic_slice_in_dim(self.query, start, block.rows, axis=2)
@@ -295,7 +309,7 @@ class _Local:
         key = self.keys_of(self.key, block, start)
         y = _product(query.reshape(heads, -1, width), key, 2, 2, self.problem.precision)
         y = y.reshape(heads, share, rows, -1)
-        part = self.problem.part(t=(start, rows), s=(block.first(start), block.keys))
+        part = self.part(block, start)
         if part.bias is not None:
             y = y + _by_group(part.bias, heads, share)
         floor = jnp.asarray(-(jnp.finfo(y.dtype).max ** 0.75), y.dtype)
