@@ -9,7 +9,7 @@ PY = .venv/bin/python
 BOOTSTRAP = $(PYTHON) .ci/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow core lint format figures hardware pins clean
+.PHONY: help demo test slow nightly core lint format figures hardware pins clean
 
 help:
 	@echo "kreg: attention as kernel regression. No set-up is needed: each command installs what it needs"
@@ -44,6 +44,13 @@ test:
 slow:
 	@$(BOOTSTRAP)
 	@XLA_FLAGS= $(PY) -m pytest -m slow $(PYTEST_ARGS) $(ARGS)
+
+# Many drawn cases of the contract, compiled as users compile; the log is kept.
+nightly:
+	@$(BOOTSTRAP)
+	@mkdir -p runs
+	@XLA_FLAGS= KREG_CASES=2000 $(PY) -m pytest tests/test_contract.py -rA $(ARGS) > runs/nightly.log; \
+		status=$$?; tail -n 3 runs/nightly.log; exit $$status
 
 # The part of the tests that must also pass on the oldest jax that is supported.
 core:

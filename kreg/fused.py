@@ -24,12 +24,10 @@ from kreg.derivatives import differentiable
 from kreg.dropout import keep_mask
 from kreg.masks import Mask
 from kreg.problem import Problem
-from kreg.rowwise import Rows, solve, weights, weights_and_slopes
+from kreg.rowwise import Rows, floor, solve, weights, weights_and_slopes
+from kreg.rowwise import takes as handles
 from kreg.threshold import THRESHOLD
 from kreg.weights import Stats
-
-# Powers of greater orders are formed from logarithms elsewhere.
-_LARGEST_ORDER = 8
 
 
 class Inputs(NamedTuple):
@@ -46,7 +44,7 @@ def takes(problem: Problem) -> bool:
     order = _order(problem)
     return (
         isinstance(problem.rule, Adaptive)
-        and (1 <= order <= _LARGEST_ORDER or order == math.inf)
+        and handles(order)
         and problem.soft_cap is None
         and problem.null is None
         and (problem.bias is None or math.prod(jnp.shape(problem.rule.h)) == 1)
@@ -312,15 +310,15 @@ class _Local:
         part = self.part(block, start)
         if part.bias is not None:
             y = y + _by_group(part.bias, heads, share)
-        floor = jnp.asarray(-(jnp.finfo(y.dtype).max ** 0.75), y.dtype)
+        low = floor(y.dtype)
         for first, size in block.mixed:
             some = part.part(s=(first, size))
             where = _by_group(some.mask.admissible(some.rows, some.columns), heads, share)
             if size == block.keys:
-                y = jnp.where(where, y, floor)
+                y = jnp.where(where, y, low)
             else:
                 y = lax.dynamic_update_slice_in_dim(
-                    y, jnp.where(where, y[..., first : first + size], floor), first, axis=3
+                    y, jnp.where(where, y[..., first : first + size], low), first, axis=3
                 )
         return y
 
@@ -405,8 +403,7 @@ def _no_stats(row: Array) -> Stats:
 
 def _stats(order: float, y: Float[Array, "k G C L"], rows: Rows) -> Stats:
     """Threshold in units of z, number of keys above it, and the certificate."""
-    floor = -(jnp.finfo(y.dtype).max ** 0.75)
-    seen = y > floor
+    seen = y > floor(y.dtype)
     some = jnp.any(seen, axis=-1)
     if order == math.inf:
         threshold, support, residual = -jnp.inf, jnp.sum(seen, axis=-1, dtype=jnp.int32), 0.0

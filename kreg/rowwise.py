@@ -4,13 +4,16 @@ Rows hold y = z / r (z for the Gaussian), with inadmissible entries far below al
 are p = [y - tau]_+^r / sum. What is kept of a row is three numbers.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+_LARGEST_ORDER = 8
 _MOST_STEPS = 100
 # Newton's method starts on the greatest of every so many scores, a part of the row.
 _STRIDE = 8
@@ -29,13 +32,23 @@ class Rows(NamedTuple):
     slope: Float[Array, "*rows"]
 
 
+def takes(order: float) -> bool:
+    """True for the orders that are done here; powers of greater ones are formed from logarithms."""
+    return order == math.inf or 1 <= order <= _LARGEST_ORDER
+
+
+def floor(dtype) -> Float[Array, ""]:
+    """Stands for an inadmissible score: far below any other, with room for differences."""
+    return jnp.asarray(-(jnp.finfo(dtype).max ** 0.75), dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def solve(order: float, y: Float[Array, "*rows n"]) -> Rows:
     """Finds the threshold of every row."""
-    floor = -(jnp.finfo(y.dtype).max ** 0.75)
     if order == math.inf:
         best = jnp.max(y, axis=-1)
         total = jnp.sum(jnp.exp(y - best[..., None]), axis=-1)
-        scale = jnp.where(best > floor, 1 / total, 0)
+        scale = jnp.where(best > floor(y.dtype), 1 / total, 0)
         return Rows(best, scale, scale)
     shift = _start(order, y)
     total, slope = _sums(order, y, shift)
@@ -69,6 +82,25 @@ def solve(order: float, y: Float[Array, "*rows n"]) -> Rows:
         jnp.where(some, 1 / jnp.where(some, total, 1), 0),
         1 / jnp.where(slope > 0, slope, 1),
     )
+
+
+@solve.defjvp
+def _solve_jvp(order, primals, tangents):
+    (y,), (dy,) = primals, tangents
+    rows = solve(order, y)
+    shift, scale, slope = rows
+    if order == math.inf:
+        # The shift is a constant: weights do not depend on it.
+        dscale = -jnp.square(scale) * jnp.sum(jnp.exp(y - shift[..., None]) * dy, axis=-1)
+        return rows, Rows(jnp.zeros_like(shift), dscale, dscale)
+    u = jnp.maximum(y - shift[..., None], 0)
+    dshift = jnp.sum(_power(u, order - 1) * dy, axis=-1) * slope
+    if order == 1:
+        return rows, Rows(dshift, jnp.zeros_like(scale), jnp.zeros_like(slope))
+    # The powers r sum to 1 wherever the scores move to.
+    bend = (order - 1) * _power(u, order - 2)
+    dslope = -jnp.square(slope) * jnp.sum(bend * (dy - dshift[..., None]), axis=-1)
+    return rows, Rows(dshift, jnp.zeros_like(scale), dslope)
 
 
 def weights(order: float, y: Float[Array, "*rows n"], rows: Rows) -> Float[Array, "*rows n"]:
@@ -117,7 +149,7 @@ def _sums(order: float, y: Array, shift: Array) -> tuple[Array, Array]:
 
 
 def _power(u: Array, exponent: float) -> Array:
-    """Evaluates u^exponent for u >= 0, with 0^0 = 0."""
+    """Evaluates u^exponent for u >= 0, and 0 at u = 0 whatever the exponent."""
     if exponent == 0:
         return (u > 0).astype(u.dtype)
     if exponent == int(exponent):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from kreg import rowwise
 from kreg.bandwidth import Adaptive, Cut, Nearest, Rows, Rule, from_relative_gap
-from kreg.deformed import powers, relative_scale
+from kreg.deformed import powers
 from kreg.kernels import Kernel
-from kreg.threshold import THRESHOLD, norm, relative_gap
+from kreg.threshold import THRESHOLD, norm
 
 
 class Stats(NamedTuple):
@@ -46,9 +47,9 @@ def weigh(
         fixed: threshold that `Fixed` stands for.
     """
     rows = _rows(scores, where)
-    order = kernel.order if kernel.is_static else None
+    order = kernel.static_order
     plain = is_gaussian(kernel) and not isinstance(rule, Nearest)
-    if plain or (order is not None and isinstance(rule, Adaptive)):
+    if order is not None and (plain or (rowwise.takes(order) and isinstance(rule, Adaptive))):
         weights, rho = _adaptive(order, scores, where)
         cut = from_relative_gap(rho, jnp.asarray(kernel.excess, rho.dtype), rows)
         _, alive = _raw_weights(rows, kernel, cut)
@@ -69,30 +70,32 @@ def _adaptive(
     $\dot p = u (\dot z - \langle u, \dot z \rangle / \sum u)$, $u = x^{r-1}$: half the work of
     differentiating the threshold and the powers one after the other.
     """
-    power, _, rho = _adaptive_powers(order, scores, where)
-    return power / _total(power), rho
+    y, rows = _solved(order, scores, where)
+    return rowwise.weights(order, y, rows), _relative_gap(order, rows)
 
 
 @_adaptive.defjvp
 def _adaptive_jvp(order, primals, tangents):
-    power, lower, rho = _adaptive_powers(order, *primals)
-    total = _total(power)
-    scale = jnp.sum(lower, axis=-1, keepdims=True)
-    mean = jnp.sum(lower * tangents[0], axis=-1, keepdims=True) / jnp.where(scale > 0, scale, 1)
-    change = lower * (tangents[0] - mean) / (total * rho)
-    return (power / total, rho), (change, jnp.zeros_like(rho))
+    y, rows = _solved(order, *primals)
+    weights, lower = rowwise.weights_and_slopes(order, y, rows)
+    mean = jnp.sum(lower * tangents[0], axis=-1, keepdims=True) * rows.slope[..., None]
+    change = lower * (tangents[0] - mean) * rows.scale[..., None]
+    rho = _relative_gap(order, rows)
+    return (weights, rho), (change, jnp.zeros_like(rho))
 
 
-def _adaptive_powers(order, scores, where) -> tuple[Array, Array, Array]:
-    """Powers r and r - 1 of x / max x, and rho."""
-    kernel, depth = Kernel(order), _rows(scores, where).depth
-    if is_gaussian(kernel):
-        power = jnp.exp(depth)
-        return power, power, jnp.ones_like(depth[..., :1])
-    excess = jnp.asarray(kernel.excess, depth.dtype)
-    rho = checkpoint_name(relative_gap(order, depth, excess), THRESHOLD)
-    power, lower = powers(kernel, relative_scale(rho, excess), depth)
-    return power, lower, rho
+def _solved(order, scores, where) -> tuple[Array, rowwise.Rows]:
+    """Measures scores from the row's best, in units of r, and finds the thresholds."""
+    unit = 1 if order == float("inf") else order
+    y = jnp.where(where, _rows(scores, where).depth / unit, rowwise.floor(scores.dtype))
+    rows = rowwise.solve(order, y)
+    return y, rowwise.Rows(*(checkpoint_name(x, THRESHOLD) for x in rows))
+
+
+def _relative_gap(order: float, rows: rowwise.Rows) -> Float[Array, "*rows 1"]:
+    """Gap over r between a row's best score and its threshold; 1 where there is none."""
+    gap = jnp.ones_like(rows.shift) if order == float("inf") else -rows.shift
+    return jnp.where(rows.scale > 0, gap, 1)[..., None]
 
 
 def _total(raw: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:

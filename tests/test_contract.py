@@ -24,7 +24,7 @@ from tolerances import TOLERANCES
 import kreg
 
 IMPLEMENTATIONS = ("reference", "xla")
-CASES = int(os.environ.get("KREG_CASES", "120"))
+CASES = int(os.environ.get("KREG_CASES", "200"))
 
 
 @dataclass(frozen=True)
