@@ -9,7 +9,7 @@ PY = .venv/bin/python
 BOOTSTRAP = $(PYTHON) .ci/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow nightly core lint format figures hardware pins clean
+.PHONY: help demo test slow nightly bench core lint format figures hardware pins clean
 
 help:
 	@echo "kreg: attention as kernel regression. No set-up is needed: each command installs what it needs"
@@ -20,6 +20,7 @@ help:
 	@echo "  make figures   the kernels, their attention maps and bandwidths, drawn into runs/figures"
 	@echo "  make test      the tests; one file: make test ARGS=tests/test_package.py; make slow: the rest"
 	@echo "  make lint      ruff and pyrefly; make format rewrites the files"
+	@echo "  make bench     kreg's speed beside jax.nn, PyTorch and entmax (the latter where installed)"
 	@echo "  make hardware  on a machine with a GPU or TPU: tests, timings, the next slice of the long runs"
 	@echo "  make clean     remove the environments and caches; results in runs/ stay"
 	@echo
@@ -44,6 +45,11 @@ test:
 slow:
 	@$(BOOTSTRAP)
 	@XLA_FLAGS= $(PY) -m pytest -m slow $(PYTEST_ARGS) $(ARGS)
+
+# kreg beside jax.nn, and beside PyTorch and entmax where they are installed.
+bench:
+	@$(BOOTSTRAP)
+	@$(PY) -m experiments.bench $(ARGS)
 
 # Many drawn cases of the contract, compiled as users compile; the log is kept.
 nightly:

@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
+from jaxtyping import Array
+
 from kreg.problem import Problem
 
 # Rows that a product is given at once, more where keys are few; scores of a block of one group of
@@ -11,6 +14,11 @@ _ROWS = 256
 _BLOCK_BYTES = 2 * 2**20
 _LARGEST_BYTES = 8 * 2**20
 _MOST_BLOCKS = 8
+# Where the mask is known only when running: tiles of keys that are looked at, and the widths, in
+# parts of all keys, that code exists for.
+_TILE = 128
+_PARTS = 8
+_SHARES = (1, 2, 4, 6, 8)
 
 
 class Block(NamedTuple):
@@ -24,6 +32,7 @@ class Block(NamedTuple):
     slides: whether the first key moves with the block, kept inside [0, last].
     last: the greatest first key.
     mixed: ranges (first, size) of these keys that need the mask.
+    widths: where the mask is known only when running, how many keys may be enough, ascending.
     """
 
     start: int
@@ -34,6 +43,11 @@ class Block(NamedTuple):
     slides: bool
     last: int
     mixed: tuple[tuple[int, int], ...]
+    widths: tuple[int, ...] = ()
+
+    def narrowed(self, keys: int) -> "Block":
+        """The same queries with that many keys, all of them masked."""
+        return self._replace(keys=keys, mixed=((0, keys),))
 
     def first(self, start):
         """First key of the block that begins with query `start`."""
@@ -54,6 +68,8 @@ def blocks(problem: Problem) -> list[Block]:
         x if isinstance(x, int) else None for x in (problem.mask.lower, problem.mask.upper)
     )
     static = problem.mask.is_static
+    if not static and problem.bias is None and keys >= _PARTS * _TILE:
+        return _searching(queries, rows, keys)
     first = 0 if upper is None else min(max(0, -upper), queries)
     stop = queries if lower is None else max(min(queries, keys - lower), first)
     if lower is not None and upper is not None:
@@ -76,6 +92,31 @@ def blocks(problem: Problem) -> list[Block]:
             if size and count:
                 plan.append(Block(begin, size, count, low, high - low, False, low, mixed))
     return plan
+
+
+def _searching(queries: int, rows: int, keys: int) -> list[Block]:
+    """Plans blocks that look, when running, where their keys are: packing, padding, prefixes."""
+    whole, rest = divmod(queries, rows)
+    widths = tuple(sorted({-(-keys * i // _PARTS) for i in _SHARES}))
+    plan = []
+    for begin, size, count in ((0, rows, whole), (queries - rest, rest, 1)):
+        if size and count:
+            plan.append(Block(begin, size, count, 0, keys, False, 0, ((0, keys),), widths))
+    return plan
+
+
+def reach(problem: Problem, plan: list[Block]) -> tuple[Array, Array] | None:
+    """First key, and keys from there on, that hold all that each block sees: [#B, blocks] each."""
+    if not plan or not plan[0].widths:
+        return None
+    sizes = problem.sizes
+    tiles = problem.mask.tiles(sizes["t"], sizes["s"], plan[0].rows, _TILE)
+    live = jnp.any(tiles > 0, axis=1)
+    count = live.shape[-1]
+    first = jnp.argmax(live, axis=-1)
+    last = count - 1 - jnp.argmax(live[..., ::-1], axis=-1)
+    low, high = first * _TILE, jnp.minimum((last + 1) * _TILE, sizes["s"])
+    return low, jnp.where(jnp.any(live, axis=-1), high - low, 0)
 
 
 def _sliding(first: int, stop: int, rows: int, lower: int, span: int, keys: int) -> list[Block]:

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kreg import chunked, reference
-from kreg.bands import Block, blocks, group_size
+from kreg.bands import Block, blocks, group_size, reach
 from kreg.bandwidth import Adaptive
 from kreg.derivatives import differentiable
 from kreg.dropout import keep_mask
@@ -36,7 +36,16 @@ class Inputs(NamedTuple):
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K V"]
-    bias: Float[Array, "#B #N #T #S"] | None
+    scale: Float[Array, "#B #T #N 1"]  # of the scores, in units of r h^2
+    bias: Float[Array, "#B #N #T #S"] | None  # in these units already
+
+
+class Place(NamedTuple):
+    """Which heads are being worked on: a batch entry and `count` key heads from `first` on."""
+
+    entry: Array
+    first: Array
+    count: int
 
 
 def takes(problem: Problem) -> bool:
@@ -62,7 +71,7 @@ def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats | None]:
     if bias is not None:
         seen = bias != -jnp.inf
         bias, mask = jnp.where(seen, bias, 0).astype(dtype) * squeeze, mask & Mask(seen)
-    inputs = Inputs(problem.query.astype(dtype) * scale, problem.key, problem.value, bias)
+    inputs = Inputs(problem.query, problem.key, problem.value, scale, bias)
     rest = dataclasses.replace(
         _emptied(problem),
         mask=mask,
@@ -108,12 +117,13 @@ def _emptied(problem: Problem) -> Problem:
 
 
 def _filled(rest: Problem, inputs: Inputs) -> Problem:
-    query, key, value, bias = inputs
+    query, key, value, _, bias = inputs
     return dataclasses.replace(rest, query=query, key=key, value=value, bias=bias)
 
 
 def _plain(inputs: Inputs, rest: Problem) -> Float[Array, "B T N V"]:
     """Computes the same with the chunked path, whose every derivative JAX can take."""
+    inputs = inputs._replace(query=inputs.query.astype(rest.scale.dtype) * inputs.scale)
     if inputs.bias is not None:
         inputs = inputs._replace(bias=inputs.bias * rest.scale)
     return chunked.attend(dataclasses.replace(_filled(rest, inputs), with_stats=False))[0]
@@ -130,29 +140,29 @@ def _forward(inputs: Inputs, rest: Problem):
     row = jnp.zeros((batch, groups, share, queries), dtype)
     kept = Rows(row, row, row)
     stats = _no_stats(row) if rest.with_stats else None
+    where = reach(problem, plan)
 
-    def group(place: "Place", carry):
-        local = _Local.cut(problem, place)
+    def group(place: Place, carry):
+        local = _Local.cut(problem, inputs.scale, place)
 
-        def block(carry, block: Block, start):
-            out, kept, stats = carry
-            y = local.scores(block, start)
+        def average(block: Block, start, first, nothing):
+            y = local.scores(block, start, first)
             rows = solve(order, y)
-            p = local.dropped(weights(order, y, rows), block, start)
-            o = _mix(
-                p.reshape(p.shape[0], -1, p.shape[-1]),
-                local.keys_of(local.value, block, start),
-                rest.precision,
-            )
+            p = local.dropped(weights(order, y, rows), block, start, first)
+            value = _along(local.value, 1, first, block.keys)
+            o = _mix(p.reshape(p.shape[0], -1, p.shape[-1]), value, rest.precision)
             o = jnp.moveaxis(o.reshape(*p.shape[:3], -1), 2, 0)
             o = o.reshape(1, o.shape[0], -1, width).astype(out.dtype)
+            return nothing, (o, rows, None if stats is None else _stats(order, y, rows))
+
+        def store(carry, found, block: Block, start, first):
+            out, kept, stats = carry
+            o, rows, new = found
             out = lax.dynamic_update_slice(out, o, (place.entry, start, place.first * share, 0))
             kept = _put_rows(kept, rows, place, start)
-            if stats is not None:
-                stats = _put_rows(stats, _stats(order, y, rows), place, start)
-            return out, kept, stats
+            return out, kept, stats if new is None else _put_rows(stats, new, place, start)
 
-        return local.over_blocks(plan, block, carry)
+        return _over_blocks(plan, where, place, average, store, carry, ())[0]
 
     out, kept, stats = _over_groups(problem, group, (out, kept, stats))
     kept = jax.tree.map(lambda x: checkpoint_name(x, THRESHOLD), kept)
@@ -166,49 +176,53 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
     share = inputs.query.shape[2] // inputs.key.shape[2]
     plan = blocks(problem)
     change = jax.tree.map(jnp.zeros_like, inputs)
+    where = reach(problem, plan)
 
-    def group(place: "Place", carry: Inputs) -> Inputs:
-        local = _Local.cut(problem, place)
+    def group(place: Place, carry: Inputs) -> Inputs:
+        local = _Local.cut(problem, inputs.scale, place)
         do = _queries_first(_cut_heads(dout, place, share), share).astype(dtype)
         # Transposed, so that every product reads its large operand along rows.
         dk = jnp.zeros((*local.key.shape[:1], *local.key.shape[:0:-1]), dtype)
         dv = jnp.zeros((*local.value.shape[:1], *local.value.shape[:0:-1]), dtype)
 
-        def block(carry, block: Block, start):
-            dq, dk, dv, dbias = carry
-            y = local.scores(block, start)
-            key, value = (local.keys_of(x, block, start) for x in (local.key, local.value))
+        def pull(block: Block, start, first, sums):
+            dk, dv = sums
+            y = local.scores(block, start, first)
+            key, value = (_along(x, 1, first, block.keys) for x in (local.key, local.value))
             rows = _take_rows(kept, place, start, block.rows)
             p, lower = weights_and_slopes(order, y, rows)
-            p = local.dropped(p, block, start)
+            p = local.dropped(p, block, start, first)
             merged = p.shape[0], p.shape[1] * p.shape[2]
             q, g = (
                 lax.dynamic_slice_in_dim(x, start, block.rows, axis=2).reshape(*merged, -1)
                 for x in (local.query, do)
             )
             dp = _product(g, value, 2, 2, precision).reshape(p.shape)
-            dp = local.dropped(dp, block, start)
+            dp = local.dropped(dp, block, start, first)
             delta = jnp.sum(lower * dp, axis=-1, keepdims=True) * rows.slope[..., None]
-            unit = _unit(problem)
-            dy = lower * (dp - delta) * (unit * rows.scale[..., None])
+            dy = lower * (dp - delta) * (_unit(problem) * rows.scale[..., None])
             flat, p = dy.reshape(*merged, -1), p.reshape(*merged, -1)
-            dq = lax.dynamic_update_slice_in_dim(
-                dq, _product(flat, key, 2, 1, precision).reshape(*dy.shape[:3], -1), start, axis=2
-            )
-            first = block.first(start)
+            dq = _product(flat, key, 2, 1, precision).reshape(*dy.shape[:3], -1)
             dk = _add(dk, _product(q, flat, 1, 1, precision), (0, 0, first))
             dv = _add(dv, _product(g, p, 1, 1, precision), (0, 0, first))
-            if dbias is not None:
-                dbias = _add_bias(dbias, dy, place, start, first, share)
-            return dq, dk, dv, dbias
+            return (dk, dv), (dq, None if inputs.bias is None else dy)
 
-        dq = jnp.zeros_like(local.query)
-        dq, dk, dv, dbias = local.over_blocks(plan, block, (dq, dk, dv, carry.bias))
-        dq = jnp.moveaxis(dq, 2, 0)
+        def store(carry, found, block: Block, start, first):
+            dq, dbias = carry
+            part, dy = found
+            dq = lax.dynamic_update_slice_in_dim(dq, part, start, axis=2)
+            return dq, None if dy is None else _add_bias(dbias, dy, place, start, first, share)
+
+        carry_in = jnp.zeros_like(local.query), carry.bias
+        (dq, dbias), (dk, dv) = _over_blocks(plan, where, place, pull, store, carry_in, (dk, dv))
+        plain = _queries_first(local.problem.query[0], share).astype(dtype)
+        dscale = _add_scale(carry.scale, dq * plain, place, share)
+        dq = jnp.moveaxis(dq * _cut_scale(inputs.scale, place, share), 2, 0)
         return Inputs(
             _put_heads(carry.query, dq.reshape(dq.shape[0], -1, dq.shape[-1]), place, share),
             _put_heads(carry.key, jnp.moveaxis(dk, 2, 0), place, 1),
             _put_heads(carry.value, jnp.moveaxis(dv, 2, 0), place, 1),
+            dscale,
             dbias,
         )
 
@@ -226,14 +240,6 @@ def _attend(inputs: Inputs, rest: Problem) -> tuple[Float[Array, "B T N V"], Sta
     return out, Stats(*(jnp.swapaxes(x.reshape(shape), 1, 2) for x in stats))
 
 
-class Place(NamedTuple):
-    """Which heads are being worked on: a batch entry and `count` key heads from `first` on."""
-
-    entry: Array
-    first: Array
-    count: int
-
-
 def _over_groups(problem: Problem, body, carry):
     """Runs the body over batch entries and groups of heads, one at a time."""
     sizes = problem.sizes
@@ -246,6 +252,52 @@ def _over_groups(problem: Problem, body, carry):
     return lax.fori_loop(0, sizes["b"] * each, step, carry)
 
 
+def _over_blocks(plan: list[Block], where, place: Place, compute, store, carry, sums):
+    """Computes and stores block by block; barriers keep blocks apart, and memory small.
+
+    compute: (block, start, first, sums) -> (sums, found); store: (carry, found, block, start,
+    first) -> carry. `where` is what `reach` found.
+    """
+
+    def one(state, block: Block, start):
+        carry, sums = state
+        if block.widths:
+            first, sums, found = _searched(plan, where, place, compute, block, start, sums)
+        else:
+            first = block.first(start)
+            sums, found = compute(block, start, first, sums)
+        return store(carry, found, block, start, first), sums
+
+    state = carry, sums
+    for block in plan:
+        if block.count == 1:
+            state = one(state, block, block.start)
+        else:
+            state = lax.fori_loop(
+                0,
+                block.count,
+                lambda i, state, block=block: one(state, block, block.start + i * block.rows),
+                state,
+            )
+        state = lax.optimization_barrier(state)
+    return state
+
+
+def _searched(plan, where, place: Place, compute, block: Block, start, sums):
+    """Computes a block with the narrowest width that holds all of its keys."""
+    number = start // plan[0].rows
+    low, need = (x[place.entry if x.shape[0] > 1 else 0, number] for x in where)
+    widths = jnp.asarray(block.widths)
+    choice = jnp.sum(need > widths)
+    first = jnp.minimum(low, block.keys - widths[choice])
+
+    def narrow(width: int):
+        return lambda sums: compute(block.narrowed(width), start, first, sums)
+
+    sums, found = lax.switch(choice, [narrow(width) for width in block.widths], sums)
+    return first, sums, found
+
+
 @dataclasses.dataclass(frozen=True)
 class _Local:
     """The arrays of one place, heads first, in the type of the scores."""
@@ -256,7 +308,7 @@ class _Local:
     value: Float[Array, "k S V"]
 
     @classmethod
-    def cut(cls, problem: Problem, place: Place) -> "_Local":
+    def cut(cls, problem: Problem, scale: Array, place: Place) -> "_Local":
         sizes = problem.sizes
         share = sizes["n"] // sizes["k"]
         part = problem.part(
@@ -266,59 +318,44 @@ class _Local:
         )
         dtype = problem.dtype
         query = _queries_first(part.query[0], share).astype(dtype)
+        query = query * _cut_scale(scale, place, share)
         key, value = (jnp.swapaxes(x[0], 0, 1).astype(dtype) for x in (part.key, part.value))
         # One copy each, not one a block.
         return cls(part, *lax.optimization_barrier((query, key, value)))
 
-    def over_blocks(self, plan: list[Block], body, carry):
-        """Runs the body block by block; barriers keep blocks apart, and memory small."""
-        for block in plan:
-            if block.count == 1:
-                carry = body(carry, block, block.start)
-            else:
-                carry = lax.fori_loop(
-                    0,
-                    block.count,
-                    lambda i, carry, block=block: body(carry, block, block.start + i * block.rows),
-                    carry,
-                )
-            carry = lax.optimization_barrier(carry)
-        return carry
+    def part(self, block: Block, start, first) -> Problem:
+        return self.problem.part(t=(start, block.rows), s=(first, block.keys))
 
-    def keys_of(self, x: Float[Array, "k S H"], block: Block, start) -> Float[Array, "k L H"]:
-        return _along(x, 1, block.first(start), block.keys)
-
-    def part(self, block: Block, start) -> Problem:
-        return self.problem.part(t=(start, block.rows), s=(block.first(start), block.keys))
-
-    def dropped(self, p: Float[Array, "k G C L"], block: Block, start) -> Float[Array, "k G C L"]:
+    def dropped(
+        self, p: Float[Array, "k G C L"], block: Block, start, first
+    ) -> Float[Array, "k G C L"]:
         """Drops weights, or what flows back to them, and scales the others up."""
         words, rate = self.problem.dropout_key, self.problem.dropout_rate
         if words is None:
             return p
-        part = self.part(block, start)
+        part = self.part(block, start, first)
         keep = keep_mask(words, rate, part.pairs, part.rows, part.columns)
         return jnp.where(_by_group(keep, *p.shape[:2]), p / (1 - rate), 0)
 
-    def scores(self, block: Block, start) -> Float[Array, "k G C L"]:
+    def scores(self, block: Block, start, first) -> Float[Array, "k G C L"]:
         """Scores of a block of queries with its keys, far below any other where inadmissible."""
         query = lax.dynamic_slice_in_dim(self.query, start, block.rows, axis=2)
         heads, share, rows, width = query.shape
-        key = self.keys_of(self.key, block, start)
+        key = _along(self.key, 1, first, block.keys)
         y = _product(query.reshape(heads, -1, width), key, 2, 2, self.problem.precision)
         y = y.reshape(heads, share, rows, -1)
-        part = self.part(block, start)
+        part = self.part(block, start, first)
         if part.bias is not None:
             y = y + _by_group(part.bias, heads, share)
         low = floor(y.dtype)
-        for first, size in block.mixed:
-            some = part.part(s=(first, size))
+        for at, size in block.mixed:
+            some = part.part(s=(at, size))
             where = _by_group(some.mask.admissible(some.rows, some.columns), heads, share)
             if size == block.keys:
                 y = jnp.where(where, y, low)
             else:
                 y = lax.dynamic_update_slice_in_dim(
-                    y, jnp.where(where, y[..., first : first + size], low), first, axis=3
+                    y, jnp.where(where, y[..., at : at + size], low), at, axis=3
                 )
         return y
 
@@ -394,6 +431,26 @@ def _add_bias(dbias, dy: Float[Array, "k G C L"], place: Place, start, first, sh
     dy = jnp.sum(dy, axis=small, keepdims=True)
     at = (place.entry, place.first * share, start, first)
     return _add(dbias, dy, tuple(0 if n == 1 else a for n, a in zip(dbias.shape, at, strict=True)))
+
+
+def _cut_scale(scale: Float[Array, "#B #T #N 1"], place: Place, share: int) -> Array:
+    """The place's part, [#k, #G, #T, 1]."""
+    if scale.shape[0] > 1:
+        scale = lax.dynamic_slice_in_dim(scale, place.entry, 1, axis=0)
+    if scale.shape[2] == 1:
+        return jnp.moveaxis(scale, 2, 1)
+    part = lax.dynamic_slice_in_dim(scale, place.first * share, place.count * share, axis=2)
+    return _queries_first(part[0], share)
+
+
+def _add_scale(dscale, products: Float[Array, "k G T H"], place: Place, share: int) -> Array:
+    """Adds the place's part of the scale's gradient, summed over the axes of size 1."""
+    part = jnp.sum(products, axis=-1).reshape(1, -1, products.shape[2], 1)
+    part = jnp.swapaxes(part, 1, 2)
+    small = tuple(i for i in (1, 2) if dscale.shape[i] == 1)
+    at = (place.entry, 0, place.first * share, 0)
+    at = tuple(0 if n == 1 else a for n, a in zip(dscale.shape, at, strict=True))
+    return _add(dscale, jnp.sum(part, axis=small, keepdims=True), at)
 
 
 def _no_stats(row: Array) -> Stats:

@@ -519,6 +519,7 @@ def test_errors_come_when_the_layer_is_made():
         attention_fn(kreg.box)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", flax_transformer.LIBRARIES)
 def test_a_small_transformer_learns(library):
     build, _ = flax_transformer.LIBRARIES[library]

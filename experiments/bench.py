@@ -1,0 +1,253 @@
+"""How fast kreg is on this machine, beside jax.nn, PyTorch and the entmax package.
+
+Everybody is timed in turns in one process, forward and backward, so that what slows the machine
+slows all of them; what counts is the ratio. PyTorch and entmax take part where they are installed
+(pip install torch entmax). Times depend on machine and load: compare within a run only.
+"""
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import kreg
+from experiments.in_context.environment import describe
+from experiments.in_context.results import write_json
+
+KERNELS = {
+    "gaussian": kreg.gaussian,
+    "biweight": kreg.biweight,
+    "epanechnikov": kreg.epanechnikov,
+    "triweight": kreg.triweight,
+    "order 2.7": kreg.rectified_polynomial(1 / 0.37),
+}
+METHOD = (
+    "Forward and backward (gradients of all inputs), float32, one call a round, in turns in one "
+    "process after one call to warm up. jax.nn on CPU forms the whole score matrix and computes "
+    "the masked half too; kreg does neither, so its Gaussian is the like-for-like baseline."
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time kreg beside jax.nn.dot_product_attention, PyTorch SDPA, entmax and a bisection."""
+
+    lengths: Annotated[tuple[int, ...], tyro.conf.arg(help="causal attention at these lengths")] = (
+        512,
+        2048,
+    )
+    rows: Annotated[tuple[int, int], tyro.conf.arg(help="rows and their width, for the maps")] = (
+        4096,
+        1024,
+    )
+    batch: int = 4
+    heads: int = 8
+    width: int = 64
+    rounds: Annotated[int, tyro.conf.arg(help="calls of each contestant")] = 7
+    out: Annotated[Path, tyro.conf.arg(help="folder for bench.json and bench.md")] = Path(
+        "runs/bench"
+    )
+
+
+@dataclass
+class Contestant:
+    """A compiled call; what it took to compile, its temporary memory, its seconds a round."""
+
+    call: Callable[[], Any]
+    compile_seconds: float | None = None
+    temporary_bytes: int | None = None
+    seconds: list[float] = field(default_factory=list)
+
+
+def main(options: Options) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    comparisons = {}
+    for length in options.lengths:
+        name = f"causal attention B{options.batch} T{length} N{options.heads} H{options.width}"
+        comparisons[name] = run(attention(options, length), options.rounds)
+        show(name, comparisons[name])
+    name = f"rows {options.rows[0]} x {options.rows[1]}"
+    comparisons[name] = run(maps(options.rows), options.rounds)
+    show(name, comparisons[name])
+    write_json(options.out / "bench.json", describe() | {"method": METHOD, "results": comparisons})
+    (options.out / "bench.md").write_text(markdown(comparisons))
+    print(f"written: {options.out / 'bench.json'}, {options.out / 'bench.md'}")
+
+
+def attention(options: Options, length: int) -> dict[str, Contestant]:
+    """Compile the attentions at one length."""
+    shape = (options.batch, length, options.heads, options.width)
+    keys = jax.random.split(jax.random.key(0), 4)
+    arrays = [jax.random.normal(key, shape) for key in keys]
+    found = {
+        "jax.nn softmax": compiled(
+            lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), arrays
+        )
+    }
+    for name, kernel in KERNELS.items():
+
+        def attend(q, k, v, kernel=kernel):
+            return kreg.attention(q, k, v, kernel=kernel, is_causal=True)
+
+        found[f"kreg {name}"] = compiled(attend, arrays)
+    alpha = kreg.Kernel.from_alpha(jnp.asarray(1.37))
+    found["kreg traced alpha 1.37"] = compiled(
+        lambda q, k, v, kernel: kreg.attention(q, k, v, kernel=kernel, is_causal=True),
+        [*arrays[:3], alpha, arrays[3]],
+    )
+    if torch := optional("torch"):
+        found["torch SDPA softmax"] = torch_attention(torch, arrays)
+    return found
+
+
+def maps(shape: tuple[int, int]) -> dict[str, Contestant]:
+    """Compile the maps on rows of scores."""
+    x, cotangent = jax.random.normal(jax.random.key(0), (2, *shape))
+    functions = {
+        "jax.nn.softmax": jax.nn.softmax,
+        "kreg.softmax": kreg.softmax,
+        "kreg.entmax15": kreg.entmax15,
+        "kreg.sparsemax": kreg.sparsemax,
+        "bisection, 50 steps, alpha 1.5": bisection,
+    }
+    found = {name: compiled(f, [x, cotangent]) for name, f in functions.items()}
+    torch, entmax = optional("torch"), optional("entmax")
+    if torch and entmax:
+        for name in ("entmax15", "sparsemax"):
+            found[f"entmax.{name}"] = torch_map(torch, getattr(entmax, name), x, cotangent)
+    return found
+
+
+@jax.custom_jvp
+def bisection(x: jax.Array) -> jax.Array:
+    """3/2-entmax by 50 bisections of the threshold: what a plain JAX version does."""
+    y = x / 2
+    low = jnp.max(y, axis=-1, keepdims=True) - 1
+
+    def halve(i, low):
+        middle = low + 0.5 ** (i + 1)
+        total = jnp.sum(jnp.square(jnp.maximum(y - middle, 0)), axis=-1, keepdims=True)
+        return jnp.where(total >= 1, middle, low)
+
+    low = jax.lax.fori_loop(0, 50, halve, low)
+    p = jnp.square(jnp.maximum(y - low, 0))
+    return p / jnp.sum(p, axis=-1, keepdims=True)
+
+
+@bisection.defjvp
+def _bisection_jvp(primals, tangents):
+    p = bisection(*primals)
+    u = jnp.sqrt(p)
+    mean = jnp.sum(u * tangents[0], axis=-1, keepdims=True) / jnp.sum(u, axis=-1, keepdims=True)
+    return p, u * (tangents[0] - mean)
+
+
+def compiled(function: Callable[..., jax.Array], arrays: list[Any]) -> Contestant:
+    """Compile value and gradients; the last array is the output's cotangent."""
+
+    def both(*arrays):
+        output, pull = jax.vjp(function, *arrays[:-1])
+        return output, pull(arrays[-1])
+
+    start = time.perf_counter()
+    executable = jax.jit(both).lower(*arrays).compile()
+    seconds = time.perf_counter() - start
+    analysis = executable.memory_analysis()
+    temporary = None if analysis is None else analysis.temp_size_in_bytes
+    return Contestant(lambda: jax.block_until_ready(executable(*arrays)), seconds, temporary)
+
+
+def torch_attention(torch: Any, arrays: list[jax.Array]) -> Contestant:
+    query, key, value, cotangent = (
+        torch.from_numpy(np.array(x)).transpose(1, 2).contiguous() for x in arrays
+    )
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def call():
+        return torch.autograd.grad(attend(*inputs, is_causal=True), inputs, cotangent)
+
+    return Contestant(call)
+
+
+def torch_map(torch: Any, function: Callable, x: jax.Array, cotangent: jax.Array) -> Contestant:
+    x, cotangent = (
+        torch.from_numpy(np.array(x)).requires_grad_(),
+        torch.from_numpy(np.array(cotangent)),
+    )
+    return Contestant(lambda: torch.autograd.grad(function(x, dim=-1), x, cotangent))
+
+
+def optional(name: str) -> Any:
+    """Import a module where it is installed."""
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def run(contestants: dict[str, Contestant], rounds: int) -> dict[str, Any]:
+    """Time all in turns; ratios are those of medians, to the first and to kreg's Gaussian."""
+    for contestant in contestants.values():
+        contestant.call()
+    for _ in range(rounds):
+        for contestant in contestants.values():
+            start = time.perf_counter()
+            contestant.call()
+            contestant.seconds.append(time.perf_counter() - start)
+    medians = {name: statistics.median(c.seconds) for name, c in contestants.items()}
+    bases = [
+        n
+        for n in ("jax.nn softmax", "jax.nn.softmax", "kreg gaussian", "torch SDPA softmax")
+        if n in medians
+    ]
+    return {
+        name: {
+            "median_ms": 1000 * medians[name],
+            "min_ms": 1000 * min(c.seconds),
+            "compile_seconds": c.compile_seconds,
+            "temporary_bytes": c.temporary_bytes,
+            "over": {base: medians[name] / medians[base] for base in bases},
+        }
+        for name, c in contestants.items()
+    }
+
+
+def markdown(comparisons: dict[str, Any]) -> str:
+    """Build one table a comparison."""
+    parts = []
+    for title, results in comparisons.items():
+        bases = list(next(iter(results.values()))["over"])
+        head = [
+            "",
+            "median ms",
+            "least ms",
+            *(f"/ {base}" for base in bases),
+            "temporary MB",
+            "compile s",
+        ]
+        lines = [title, "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for name, r in results.items():
+            temporary, seconds = r["temporary_bytes"], r["compile_seconds"]
+            cells = [
+                name, f"{r['median_ms']:.1f}", f"{r['min_ms']:.1f}",
+                *(f"{r['over'][base]:.2f}" for base in bases),
+                "" if temporary is None else f"{temporary / 1e6:.0f}",
+                "" if seconds is None else f"{seconds:.1f}",
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def show(title: str, results: dict[str, Any]) -> None:
+    print(markdown({title: results}), flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
