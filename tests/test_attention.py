@@ -52,6 +52,7 @@ def test_every_cell(cell, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("length", [63, 257, 300])
+@pytest.mark.slow
 def test_ragged_lengths(length, implementation):
     *arrays, _ = draw(Shape(B=1, T=length, S=length, N=2, K=1), spherical=False)
     agree(arrays, BIWEIGHT, implementation, is_causal=True)
@@ -136,6 +137,7 @@ def test_first_position_of_a_memory_is_zero(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.slow
 def test_lengths_only_mask(implementation):
     *arrays, _ = draw(SMALL, spherical=False)
     lengths = {
@@ -220,7 +222,7 @@ def test_precision_is_accepted_and_highest_by_default(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("cell", FOUR, ids=str)
+@pytest.mark.parametrize("cell", FOUR[1:], ids=str)  # the contract does the first
 @pytest.mark.core
 def test_nothing_leaks_from_inadmissible_keys(cell, implementation):
     """NaN and inf at keys nobody may use, and in rows without keys: forward and backward."""
@@ -251,6 +253,7 @@ def test_nothing_leaks_from_inadmissible_keys(cell, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.slow
 def test_biases_of_minus_infinity_are_inadmissible(implementation):
     *arrays, _ = draw(SMALL, spherical=False)
     mask = np.random.default_rng(3).random((B, N, T, S)) < 0.6

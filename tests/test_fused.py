@@ -46,7 +46,15 @@ def attend(mask, implementation):
     return out, *pull(cotangent)
 
 
-@pytest.mark.parametrize("name", MASKS)
+QUICK = ("packed, causal", "lengths", "tiles")
+
+
+def names() -> list:
+    """All masks, of which most take their time in `make slow`."""
+    return [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MASKS]
+
+
+@pytest.mark.parametrize("name", names())
 def test_masks_that_are_known_when_running(name):
     """Far more keys than a block needs: each looks for its own."""
     assert blocks(problem(MASKS[name]))[0].widths
@@ -83,7 +91,14 @@ def test_packed_documents_are_skipped_for_real():
     assert met.mean() <= 0.5 * T
 
 
-@pytest.mark.parametrize("kernel", [kreg.biweight, kreg.epanechnikov, kreg.gaussian])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        kreg.biweight,
+        pytest.param(kreg.epanechnikov, marks=pytest.mark.slow),
+        pytest.param(kreg.gaussian, marks=pytest.mark.slow),
+    ],
+)
 def test_second_derivatives_and_forward_mode(kernel):
     """The fast path has a first backward pass only; everything else is the plain path's."""
     shape = (1, 9, 2, 3)

@@ -30,7 +30,18 @@ def both_ways(block, x):
     return block(x), jnp.moveaxis(steps, 0, 1)
 
 
-@pytest.mark.parametrize(("method", "options"), CASES, ids=NAMES)
+QUICK = ("biweight-", "relumax-dense", "top3_softmax-eft", "norm_relu-eft")
+
+
+def cases() -> list:
+    """All blocks, of which most take their time in `make slow`."""
+    return [
+        pytest.param(*case, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for case, name in zip(CASES, NAMES, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("method", "options"), cases())
 def test_steps_equal_the_whole(method, options):
     block = module(Block, config(method, **options))
     x = jax.random.normal(jax.random.key(0), (2, 9, 8))
