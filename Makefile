@@ -54,9 +54,8 @@ bench:
 # Many drawn cases of the contract, compiled as users compile; the log is kept.
 nightly:
 	@$(BOOTSTRAP)
-	@mkdir -p runs
-	@XLA_FLAGS= KREG_CASES=2000 $(PY) -m pytest tests/test_contract.py -rA $(ARGS) > runs/nightly.log; \
-		status=$$?; tail -n 3 runs/nightly.log; exit $$status
+	@XLA_FLAGS= KREG_CASES=2000 $(PY) -m pytest tests/test_contract.py -v $(ARGS) > tests/nightly.log; \
+		status=$$?; git rev-parse HEAD >> tests/nightly.log; tail -n 4 tests/nightly.log; exit $$status
 
 # The part of the tests that must also pass on the oldest jax that is supported.
 core:

@@ -5,18 +5,18 @@ slows all of them; what counts is the ratio. PyTorch and entmax take part where 
 (pip install torch entmax). Times depend on machine and load: compare within a run only.
 """
 
+import argparse
 import importlib.util
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import kreg
 from experiments.in_context.environment import describe
@@ -38,23 +38,32 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Options:
-    """Time kreg beside jax.nn.dot_product_attention, PyTorch SDPA, entmax and a bisection."""
+    """What is timed, how often, and where results go."""
 
-    lengths: Annotated[tuple[int, ...], tyro.conf.arg(help="causal attention at these lengths")] = (
-        512,
-        2048,
+    lengths: list[int]
+    rows: list[int]
+    batch: int
+    heads: int
+    width: int
+    rounds: int
+    out: Path
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    rows: Annotated[tuple[int, int], tyro.conf.arg(help="rows and their width, for the maps")] = (
-        4096,
-        1024,
-    )
-    batch: int = 4
-    heads: int = 8
-    width: int = 64
-    rounds: Annotated[int, tyro.conf.arg(help="calls of each contestant")] = 7
-    out: Annotated[Path, tyro.conf.arg(help="folder for bench.json and bench.md")] = Path(
-        "runs/bench"
-    )
+    add = parser.add_argument
+    add("--lengths", type=int, nargs="*", default=[512, 2048], help="of causal attention")
+    add("--rows", type=int, nargs=2, default=[4096, 1024], help="rows and their width, for maps")
+    add("--batch", type=int, default=4)
+    add("--heads", type=int, default=8)
+    add("--width", type=int, default=64, help="of a head")
+    add("--rounds", type=int, default=7, help="calls of each contestant")
+    add("--out", type=Path, default=Path("runs/bench"), help="folder for bench.json and bench.md")
+    return Options(**vars(parser.parse_args(arguments)))
 
 
 @dataclass
@@ -108,7 +117,7 @@ def attention(options: Options, length: int) -> dict[str, Contestant]:
     return found
 
 
-def maps(shape: tuple[int, int]) -> dict[str, Contestant]:
+def maps(shape: list[int]) -> dict[str, Contestant]:
     """Compile the maps on rows of scores."""
     x, cotangent = jax.random.normal(jax.random.key(0), (2, *shape))
     functions = {
@@ -250,4 +259,4 @@ def show(title: str, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(parse())

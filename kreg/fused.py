@@ -18,11 +18,27 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kreg import chunked, reference
-from kreg.bands import Block, blocks, group_size, reach
+from kreg.bands import Block, blocks, reach
 from kreg.bandwidth import Adaptive
 from kreg.derivatives import differentiable
-from kreg.dropout import keep_mask
 from kreg.masks import Mask
+from kreg.places import (
+    Local,
+    Place,
+    add,
+    add_bias,
+    add_scale,
+    along,
+    cut_heads,
+    cut_scale,
+    over_blocks,
+    over_groups,
+    product,
+    put_heads,
+    put_rows,
+    queries_first,
+    take_rows,
+)
 from kreg.problem import Problem
 from kreg.rowwise import Rows, floor, solve, weights, weights_and_slopes
 from kreg.rowwise import takes as handles
@@ -38,14 +54,6 @@ class Inputs(NamedTuple):
     value: Float[Array, "B S K V"]
     scale: Float[Array, "#B #T #N 1"]  # of the scores, in units of r h^2
     bias: Float[Array, "#B #N #T #S"] | None  # in these units already
-
-
-class Place(NamedTuple):
-    """Which heads are being worked on: a batch entry and `count` key heads from `first` on."""
-
-    entry: Array
-    first: Array
-    count: int
 
 
 def takes(problem: Problem) -> bool:
@@ -143,13 +151,13 @@ def _forward(inputs: Inputs, rest: Problem):
     where = reach(problem, plan)
 
     def group(place: Place, carry):
-        local = _Local.cut(problem, inputs.scale, place)
+        local = Local.cut(problem, inputs.scale, place)
 
         def average(block: Block, start, first, nothing):
             y = local.scores(block, start, first)
             rows = solve(order, y)
             p = local.dropped(weights(order, y, rows), block, start, first)
-            value = _along(local.value, 1, first, block.keys)
+            value = along(local.value, 1, first, block.keys)
             o = _mix(p.reshape(p.shape[0], -1, p.shape[-1]), value, rest.precision)
             o = jnp.moveaxis(o.reshape(*p.shape[:3], -1), 2, 0)
             o = o.reshape(1, o.shape[0], -1, width).astype(out.dtype)
@@ -159,12 +167,12 @@ def _forward(inputs: Inputs, rest: Problem):
             out, kept, stats = carry
             o, rows, new = found
             out = lax.dynamic_update_slice(out, o, (place.entry, start, place.first * share, 0))
-            kept = _put_rows(kept, rows, place, start)
-            return out, kept, stats if new is None else _put_rows(stats, new, place, start)
+            kept = put_rows(kept, rows, place, start)
+            return out, kept, stats if new is None else put_rows(stats, new, place, start)
 
-        return _over_blocks(plan, where, place, average, store, carry, ())[0]
+        return over_blocks(plan, where, place, average, store, carry, ())[0]
 
-    out, kept, stats = _over_groups(problem, group, (out, kept, stats))
+    out, kept, stats = over_groups(problem, group, (out, kept, stats))
     kept = jax.tree.map(lambda x: checkpoint_name(x, THRESHOLD), kept)
     return out, (kept, stats)
 
@@ -179,8 +187,8 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
     where = reach(problem, plan)
 
     def group(place: Place, carry: Inputs) -> Inputs:
-        local = _Local.cut(problem, inputs.scale, place)
-        do = _queries_first(_cut_heads(dout, place, share), share).astype(dtype)
+        local = Local.cut(problem, inputs.scale, place)
+        do = queries_first(cut_heads(dout, place, share), share).astype(dtype)
         # Transposed, so that every product reads its large operand along rows.
         dk = jnp.zeros((*local.key.shape[:1], *local.key.shape[:0:-1]), dtype)
         dv = jnp.zeros((*local.value.shape[:1], *local.value.shape[:0:-1]), dtype)
@@ -188,8 +196,8 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
         def pull(block: Block, start, first, sums):
             dk, dv = sums
             y = local.scores(block, start, first)
-            key, value = (_along(x, 1, first, block.keys) for x in (local.key, local.value))
-            rows = _take_rows(kept, place, start, block.rows)
+            key, value = (along(x, 1, first, block.keys) for x in (local.key, local.value))
+            rows = take_rows(kept, place, start, block.rows)
             p, lower = weights_and_slopes(order, y, rows)
             p = local.dropped(p, block, start, first)
             merged = p.shape[0], p.shape[1] * p.shape[2]
@@ -197,36 +205,36 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
                 lax.dynamic_slice_in_dim(x, start, block.rows, axis=2).reshape(*merged, -1)
                 for x in (local.query, do)
             )
-            dp = _product(g, value, 2, 2, precision).reshape(p.shape)
+            dp = product(g, value, 2, 2, precision).reshape(p.shape)
             dp = local.dropped(dp, block, start, first)
             delta = jnp.sum(lower * dp, axis=-1, keepdims=True) * rows.slope[..., None]
             dy = lower * (dp - delta) * (_unit(problem) * rows.scale[..., None])
             flat, p = dy.reshape(*merged, -1), p.reshape(*merged, -1)
-            dq = _product(flat, key, 2, 1, precision).reshape(*dy.shape[:3], -1)
-            dk = _add(dk, _product(q, flat, 1, 1, precision), (0, 0, first))
-            dv = _add(dv, _product(g, p, 1, 1, precision), (0, 0, first))
+            dq = product(flat, key, 2, 1, precision).reshape(*dy.shape[:3], -1)
+            dk = add(dk, product(q, flat, 1, 1, precision), (0, 0, first))
+            dv = add(dv, product(g, p, 1, 1, precision), (0, 0, first))
             return (dk, dv), (dq, None if inputs.bias is None else dy)
 
         def store(carry, found, block: Block, start, first):
             dq, dbias = carry
             part, dy = found
             dq = lax.dynamic_update_slice_in_dim(dq, part, start, axis=2)
-            return dq, None if dy is None else _add_bias(dbias, dy, place, start, first, share)
+            return dq, None if dy is None else add_bias(dbias, dy, place, start, first, share)
 
         carry_in = jnp.zeros_like(local.query), carry.bias
-        (dq, dbias), (dk, dv) = _over_blocks(plan, where, place, pull, store, carry_in, (dk, dv))
-        plain = _queries_first(local.problem.query[0], share).astype(dtype)
-        dscale = _add_scale(carry.scale, dq * plain, place, share)
-        dq = jnp.moveaxis(dq * _cut_scale(inputs.scale, place, share), 2, 0)
+        (dq, dbias), (dk, dv) = over_blocks(plan, where, place, pull, store, carry_in, (dk, dv))
+        plain = queries_first(local.problem.query[0], share).astype(dtype)
+        dscale = add_scale(carry.scale, dq * plain, place, share)
+        dq = jnp.moveaxis(dq * cut_scale(inputs.scale, place, share), 2, 0)
         return Inputs(
-            _put_heads(carry.query, dq.reshape(dq.shape[0], -1, dq.shape[-1]), place, share),
-            _put_heads(carry.key, jnp.moveaxis(dk, 2, 0), place, 1),
-            _put_heads(carry.value, jnp.moveaxis(dv, 2, 0), place, 1),
+            put_heads(carry.query, dq.reshape(dq.shape[0], -1, dq.shape[-1]), place, share),
+            put_heads(carry.key, jnp.moveaxis(dk, 2, 0), place, 1),
+            put_heads(carry.value, jnp.moveaxis(dv, 2, 0), place, 1),
             dscale,
             dbias,
         )
 
-    return _over_groups(problem, group, change)
+    return over_groups(problem, group, change)
 
 
 _call = differentiable(_plain, _forward, _backward)
@@ -240,217 +248,15 @@ def _attend(inputs: Inputs, rest: Problem) -> tuple[Float[Array, "B T N V"], Sta
     return out, Stats(*(jnp.swapaxes(x.reshape(shape), 1, 2) for x in stats))
 
 
-def _over_groups(problem: Problem, body, carry):
-    """Runs the body over batch entries and groups of heads, one at a time."""
-    sizes = problem.sizes
-    count = group_size(problem)
-    each = sizes["k"] // count
-
-    def step(index, carry):
-        return body(Place(index // each, index % each * count, count), carry)
-
-    return lax.fori_loop(0, sizes["b"] * each, step, carry)
-
-
-def _over_blocks(plan: list[Block], where, place: Place, compute, store, carry, sums):
-    """Computes and stores block by block; barriers keep blocks apart, and memory small.
-
-    compute: (block, start, first, sums) -> (sums, found); store: (carry, found, block, start,
-    first) -> carry. `where` is what `reach` found.
-    """
-
-    def one(state, block: Block, start):
-        carry, sums = state
-        if block.widths:
-            first, sums, found = _searched(plan, where, place, compute, block, start, sums)
-        else:
-            first = block.first(start)
-            sums, found = compute(block, start, first, sums)
-        return store(carry, found, block, start, first), sums
-
-    state = carry, sums
-    for block in plan:
-        if block.count == 1:
-            state = one(state, block, block.start)
-        else:
-            state = lax.fori_loop(
-                0,
-                block.count,
-                lambda i, state, block=block: one(state, block, block.start + i * block.rows),
-                state,
-            )
-        state = lax.optimization_barrier(state)
-    return state
-
-
-def _searched(plan, where, place: Place, compute, block: Block, start, sums):
-    """Computes a block with the narrowest width that holds all of its keys."""
-    number = start // plan[0].rows
-    low, need = (x[place.entry if x.shape[0] > 1 else 0, number] for x in where)
-    widths = jnp.asarray(block.widths)
-    choice = jnp.sum(need > widths)
-    first = jnp.minimum(low, block.keys - widths[choice])
-
-    def narrow(width: int):
-        return lambda sums: compute(block.narrowed(width), start, first, sums)
-
-    sums, found = lax.switch(choice, [narrow(width) for width in block.widths], sums)
-    return first, sums, found
-
-
-@dataclasses.dataclass(frozen=True)
-class _Local:
-    """The arrays of one place, heads first, in the type of the scores."""
-
-    problem: Problem  # one batch entry, the place's heads
-    query: Float[Array, "k G T H"]
-    key: Float[Array, "k S H"]
-    value: Float[Array, "k S V"]
-
-    @classmethod
-    def cut(cls, problem: Problem, scale: Array, place: Place) -> "_Local":
-        sizes = problem.sizes
-        share = sizes["n"] // sizes["k"]
-        part = problem.part(
-            b=(place.entry, 1),
-            n=(place.first * share, place.count * share),
-            k=(place.first, place.count),
-        )
-        dtype = problem.dtype
-        query = _queries_first(part.query[0], share).astype(dtype)
-        query = query * _cut_scale(scale, place, share)
-        key, value = (jnp.swapaxes(x[0], 0, 1).astype(dtype) for x in (part.key, part.value))
-        # One copy each, not one a block.
-        return cls(part, *lax.optimization_barrier((query, key, value)))
-
-    def part(self, block: Block, start, first) -> Problem:
-        return self.problem.part(t=(start, block.rows), s=(first, block.keys))
-
-    def dropped(
-        self, p: Float[Array, "k G C L"], block: Block, start, first
-    ) -> Float[Array, "k G C L"]:
-        """Drops weights, or what flows back to them, and scales the others up."""
-        words, rate = self.problem.dropout_key, self.problem.dropout_rate
-        if words is None:
-            return p
-        part = self.part(block, start, first)
-        keep = keep_mask(words, rate, part.pairs, part.rows, part.columns)
-        return jnp.where(_by_group(keep, *p.shape[:2]), p / (1 - rate), 0)
-
-    def scores(self, block: Block, start, first) -> Float[Array, "k G C L"]:
-        """Scores of a block of queries with its keys, far below any other where inadmissible."""
-        query = lax.dynamic_slice_in_dim(self.query, start, block.rows, axis=2)
-        heads, share, rows, width = query.shape
-        key = _along(self.key, 1, first, block.keys)
-        y = _product(query.reshape(heads, -1, width), key, 2, 2, self.problem.precision)
-        y = y.reshape(heads, share, rows, -1)
-        part = self.part(block, start, first)
-        if part.bias is not None:
-            y = y + _by_group(part.bias, heads, share)
-        low = floor(y.dtype)
-        for at, size in block.mixed:
-            some = part.part(s=(at, size))
-            where = _by_group(some.mask.admissible(some.rows, some.columns), heads, share)
-            if size == block.keys:
-                y = jnp.where(where, y, low)
-            else:
-                y = lax.dynamic_update_slice_in_dim(
-                    y, jnp.where(where, y[..., at : at + size], low), at, axis=3
-                )
-        return y
-
-
-def _product(a: Array, b: Array, i: int, j: int, precision) -> Array:
-    return lax.dot_general(a, b, (((i,), (j,)), ((0,), (0,))), precision=precision)
-
-
 def _mix(p, v, precision):
     """Averages the values; long rows in pieces, for a running sum loses 5e-6 over 65,536 keys."""
     piece = 2048
     if v.shape[1] <= 2 * piece:
-        return _product(p, v, 2, 1, precision)
-    total = _product(p[..., :piece], v[:, :piece], 2, 1, precision)
+        return product(p, v, 2, 1, precision)
+    total = product(p[..., :piece], v[:, :piece], 2, 1, precision)
     for i in range(piece, v.shape[1], piece):
-        total += _product(p[..., i : i + piece], v[:, i : i + piece], 2, 1, precision)
+        total += product(p[..., i : i + piece], v[:, i : i + piece], 2, 1, precision)
     return total
-
-
-def _along(x: Array, axis: int, start, size: int) -> Array:
-    if isinstance(start, int):
-        return lax.slice_in_dim(x, start, start + size, axis=axis)
-    return lax.dynamic_slice_in_dim(x, start, size, axis=axis)
-
-
-def _by_group(x: Array, heads: int, share: int) -> Array:
-    """Splits an axis of heads [1, #N, C, L] into key heads and their groups [#k, #G, C, L]."""
-    x = x[0]
-    return x[None] if x.shape[0] == 1 else x.reshape(heads, share, *x.shape[1:])
-
-
-def _queries_first(x: Float[Array, "T N H"], share: int) -> Float[Array, "k G T H"]:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(-1, share, *x.shape[1:])
-
-
-def _cut_heads(x: Float[Array, "B T N H"], place: Place, share: int) -> Float[Array, "T n H"]:
-    x = lax.dynamic_index_in_dim(x, place.entry, 0, keepdims=False)
-    return lax.dynamic_slice_in_dim(x, place.first * share, place.count * share, axis=1)
-
-
-def _put_heads(x: Array, part: Float[Array, "T n H"], place: Place, share: int) -> Array:
-    part = part[None].astype(x.dtype)
-    return lax.dynamic_update_slice(x, part, (place.entry, 0, place.first * share, 0))
-
-
-def _put_rows(into, rows, place: Place, start):
-    return jax.tree.map(
-        lambda x, part: lax.dynamic_update_slice(
-            x, part[None].astype(x.dtype), (place.entry, place.first, 0, start)
-        ),
-        into,
-        rows,
-    )
-
-
-def _take_rows(kept: Rows, place: Place, start, size: int) -> Rows:
-    def take(x):
-        shape = (1, place.count, x.shape[2], size)
-        return lax.dynamic_slice(x, (place.entry, place.first, 0, start), shape)[0]
-
-    return jax.tree.map(take, kept)
-
-
-def _add(x: Array, part: Array, at: tuple) -> Array:
-    return lax.dynamic_update_slice(x, lax.dynamic_slice(x, at, part.shape) + part, at)
-
-
-def _add_bias(dbias, dy: Float[Array, "k G C L"], place: Place, start, first, share: int) -> Array:
-    """Adds a block's part of the bias's gradient, summed over the axes of size 1."""
-    dy = dy.reshape(1, -1, *dy.shape[2:])
-    small = tuple(i for i in (1, 2, 3) if dbias.shape[i] == 1)
-    dy = jnp.sum(dy, axis=small, keepdims=True)
-    at = (place.entry, place.first * share, start, first)
-    return _add(dbias, dy, tuple(0 if n == 1 else a for n, a in zip(dbias.shape, at, strict=True)))
-
-
-def _cut_scale(scale: Float[Array, "#B #T #N 1"], place: Place, share: int) -> Array:
-    """The place's part, [#k, #G, #T, 1]."""
-    if scale.shape[0] > 1:
-        scale = lax.dynamic_slice_in_dim(scale, place.entry, 1, axis=0)
-    if scale.shape[2] == 1:
-        return jnp.moveaxis(scale, 2, 1)
-    part = lax.dynamic_slice_in_dim(scale, place.first * share, place.count * share, axis=2)
-    return _queries_first(part[0], share)
-
-
-def _add_scale(dscale, products: Float[Array, "k G T H"], place: Place, share: int) -> Array:
-    """Adds the place's part of the scale's gradient, summed over the axes of size 1."""
-    part = jnp.sum(products, axis=-1).reshape(1, -1, products.shape[2], 1)
-    part = jnp.swapaxes(part, 1, 2)
-    small = tuple(i for i in (1, 2) if dscale.shape[i] == 1)
-    at = (place.entry, 0, place.first * share, 0)
-    at = tuple(0 if n == 1 else a for n, a in zip(dscale.shape, at, strict=True))
-    return _add(dscale, jnp.sum(part, axis=small, keepdims=True), at)
 
 
 def _no_stats(row: Array) -> Stats:

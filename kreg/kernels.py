@@ -69,6 +69,27 @@ class Kernel:
         kernel._order, kernel._excess = None, jnp.asarray(alpha) - 1
         return kernel
 
+    @classmethod
+    def learned(cls, raw: Float[ArrayLike, "..."]) -> "Kernel":
+        r"""Makes the kernel of $\alpha = 1 + \sigma(raw)$, between softmax and sparsemax.
+
+        raw is a free parameter, such as one a head of shape [1, N, 1, 1]; alpha stays in [1, 2],
+        and in (1, 2) where the sigmoid does not round.
+
+        Examples:
+            >>> import jax.numpy as jnp
+            >>> import kreg
+            >>> float(kreg.Kernel.learned(jnp.array(0.0)).alpha)
+            1.5
+
+        References:
+            Correia et al., `Adaptively Sparse Transformers
+            <https://arxiv.org/abs/1909.00015>`_, 2019.
+        """
+        kernel = object.__new__(cls)
+        kernel._order, kernel._excess = None, jax.nn.sigmoid(jnp.asarray(raw))
+        return kernel
+
     @property
     def is_static(self) -> bool:
         """True where the order is a Python number, known when the function is traced."""

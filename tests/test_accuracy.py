@@ -107,6 +107,7 @@ def test_entmax(alpha, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("alpha", [2.0, 1.5, 4 / 3, 2.5])
+@pytest.mark.slow
 def test_long_rows(alpha, dtype):
     """Flat and nearly flat rows, where fixed iteration counts leave sums off by 0.1 to 13."""
     x, where = adversarial_rows(LONG, dtype)

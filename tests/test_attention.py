@@ -62,6 +62,7 @@ def test_ragged_lengths(length, implementation):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("cell", [BIWEIGHT, Cell("epanechnikov", "fixed", 1.3)], ids=str)
 @pytest.mark.core
+@pytest.mark.slow
 def test_types(cell, dtype, implementation):
     *arrays, _ = draw(SMALL, dtype=dtype)
     with jax.enable_x64(dtype == "float64"):
@@ -98,6 +99,7 @@ BROADCASTS += [(B, N, T, 1), (1, 1, 1, 1), (T, S)]
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", BROADCASTS, ids=str)
+@pytest.mark.slow
 def test_mask_and_bias_broadcast(shape, implementation):
     rng = np.random.default_rng(0)
     *arrays, _ = draw(SMALL, spherical=False)
@@ -108,6 +110,7 @@ def test_mask_and_bias_broadcast(shape, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("offset", [0, -1, 4, -3, np.array([2, -5], np.int32)], ids=str)
+@pytest.mark.slow
 def test_causal_offset(offset, implementation):
     *arrays, _ = draw(SMALL, spherical=False)
     got = agree(arrays, BIWEIGHT, implementation, is_causal=True, causal_offset=offset)

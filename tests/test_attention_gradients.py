@@ -45,6 +45,7 @@ def test_gradients_of_the_reference_against_the_oracle(cell):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.slow
 def test_gradients_of_other_types(dtype, implementation):
     with jax.enable_x64(dtype == "float64"):
         check_against_oracle(Cell("biweight", "adaptive"), implementation, dtype)
@@ -103,6 +104,7 @@ def check_against_oracle(cell: Cell, implementation: str, dtype: str) -> None:
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_check_grads(cell, implementation):
     """Order 2, forward and reverse, in query, key, value, bias and h, off the kinks."""
     cell = Cell(cell.kernel_name, cell.rule_name, 0.9, k=2)
@@ -325,6 +327,7 @@ def test_traced_alpha_below_one_is_nan(alpha):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("cell", FOUR, ids=str)
+@pytest.mark.slow
 def test_hessian_is_finite(cell, implementation):
     mask = np.ones((1, 1, 3, 5), bool)
     mask[0, 0, 1] = False

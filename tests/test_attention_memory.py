@@ -31,7 +31,8 @@ def temporary_bytes(length: int, mode: str, implementation: str, cell: dict) -> 
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("mode", ["vjp", pytest.param("jvp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["vjp", "jvp"])
 def test_xla_is_linear(mode):
     sizes = [temporary_bytes(n, mode, "xla", {"kernel": kreg.biweight}) for n in LENGTHS]
     # Never more than in proportion to the length, counted from 1k; and once the rows are cut into

@@ -142,6 +142,7 @@ def test_ones_far_above_the_rest_have_no_gradient():
 
 
 @pytest.mark.parametrize("modes", ["fwd", "rev"])
+@pytest.mark.slow
 def test_derivatives_of_normmax(modes):
     with jax.enable_x64(True):
         # The second row has no key near its threshold, where r < 1 is steep.
@@ -161,6 +162,7 @@ def test_derivatives_of_budget(modes):
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.slow
 def test_static_and_traced_alpha_agree(alpha):
     with jax.enable_x64(True):
         x = jnp.asarray(draw((4, 9), scale=0.5), "float64")

@@ -129,6 +129,7 @@ def test_alpha_near_one_is_smooth(step):
 
 
 @pytest.mark.parametrize("name", ["sparsemax", "entmax1.3", "normmax"])
+@pytest.mark.slow
 def test_derivatives_in_logits(name):
     with jax.enable_x64(True):
         x, labels = jnp.asarray(draw((2, 5), scale=0.5), "float64"), jnp.array([1, 3])
@@ -146,6 +147,7 @@ def test_derivatives_in_logits(name):
     [(kreg.entmax_loss, [1.01, 1.4, 1.9]), (kreg.normmax_loss, [1.2, 1.7, 2.0])],
     ids=["entmax", "normmax"],
 )
+@pytest.mark.slow
 def test_derivatives_in_logits_labels_and_alpha(loss, alphas):
     """One alpha a row; labels vary inside the simplex, where alone the loss is defined."""
     with jax.enable_x64(True):
@@ -177,6 +179,7 @@ def test_gradient_in_labels_at_zero_probability(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.slow
 def test_excluded_classes(name):
     """Logits of -inf: no weight, no NaN; infinitely wrong where they are the label."""
     x = draw((3, 6))
@@ -218,6 +221,7 @@ def test_labels_out_of_range_give_nan_and_can_be_ignored(dtype, least):
 
 
 @pytest.mark.parametrize("name", ["entmax1.3", "normmax"])
+@pytest.mark.slow
 def test_types(name):
     loss = LOSSES[name][0]
     labels, y = np.array([1, 3]), distributions((2, 5))
@@ -254,6 +258,7 @@ def test_one_compilation_serves_every_alpha_and_bad_ones_give_nan():
         assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_one_alpha_a_row_and_vmap():
     x, labels = draw((4, 5)), np.array([0, 2, 4, 1])
     alpha = np.array([[1.0], [1.3], [1.8], [2.0]], np.float32)

@@ -144,6 +144,7 @@ def with_beta(memory, beta):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_every_head_learns_its_bandwidth(method):
     """The gradient reaches beta, and is the slope; Nearest asks the Gaussian alone for h."""
     with jax.enable_x64(True):

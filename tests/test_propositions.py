@@ -59,6 +59,7 @@ def test_attention_is_the_regression(cell, h):
 
 
 @pytest.mark.parametrize("cell", cells("epanechnikov", "biweight", "order1.5", "gaussian"), ids=str)
+@pytest.mark.slow
 def test_gradients_agree_through_the_normalisation(cell):
     queries, keys, values = vectors(1)
     cotangent = np.random.default_rng(2).normal(size=(T, V))

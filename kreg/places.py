@@ -1,0 +1,228 @@
+"""Where attention in blocks works: one batch entry and a group of heads, block by block.
+
+What is cut out of the arrays for a place, the loops over places and blocks, and what is put back.
+Inside a place heads come first: k key heads, G queries' heads each.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from kreg.bands import Block, group_size
+from kreg.dropout import keep_mask
+from kreg.problem import Problem
+from kreg.rowwise import Rows, floor
+
+
+class Place(NamedTuple):
+    """Which heads are being worked on: a batch entry and `count` key heads from `first` on."""
+
+    entry: Array
+    first: Array
+    count: int
+
+
+def over_groups(problem: Problem, body, carry):
+    """Runs the body over batch entries and groups of heads, one at a time."""
+    sizes = problem.sizes
+    count = group_size(problem)
+    each = sizes["k"] // count
+
+    def step(index, carry):
+        return body(Place(index // each, index % each * count, count), carry)
+
+    return lax.fori_loop(0, sizes["b"] * each, step, carry)
+
+
+def over_blocks(plan: list[Block], where, place: Place, compute, store, carry, sums):
+    """Computes and stores block by block; barriers keep blocks apart, and memory small.
+
+    compute: (block, start, first, sums) -> (sums, found); store: (carry, found, block, start,
+    first) -> carry. `where` is what `reach` found.
+    """
+
+    def one(state, block: Block, start):
+        carry, sums = state
+        if block.widths:
+            first, sums, found = _searched(plan, where, place, compute, block, start, sums)
+        else:
+            first = block.first(start)
+            sums, found = compute(block, start, first, sums)
+        return store(carry, found, block, start, first), sums
+
+    state = carry, sums
+    for block in plan:
+        if block.count == 1:
+            state = one(state, block, block.start)
+        else:
+            state = lax.fori_loop(
+                0,
+                block.count,
+                lambda i, state, block=block: one(state, block, block.start + i * block.rows),
+                state,
+            )
+        state = lax.optimization_barrier(state)
+    return state
+
+
+def _searched(plan, where, place: Place, compute, block: Block, start, sums):
+    """Computes a block with the narrowest width that holds all of its keys."""
+    number = start // plan[0].rows
+    low, need = (x[place.entry if x.shape[0] > 1 else 0, number] for x in where)
+    widths = jnp.asarray(block.widths)
+    choice = jnp.sum(need > widths)
+    first = jnp.minimum(low, block.keys - widths[choice])
+
+    def narrow(width: int):
+        return lambda sums: compute(block.narrowed(width), start, first, sums)
+
+    sums, found = lax.switch(choice, [narrow(width) for width in block.widths], sums)
+    return first, sums, found
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """The arrays of one place, heads first, in the type of the scores."""
+
+    problem: Problem  # one batch entry, the place's heads
+    query: Float[Array, "k G T H"]
+    key: Float[Array, "k S H"]
+    value: Float[Array, "k S V"]
+
+    @classmethod
+    def cut(cls, problem: Problem, scale: Array, place: Place) -> "Local":
+        sizes = problem.sizes
+        share = sizes["n"] // sizes["k"]
+        part = problem.part(
+            b=(place.entry, 1),
+            n=(place.first * share, place.count * share),
+            k=(place.first, place.count),
+        )
+        dtype = problem.dtype
+        query = queries_first(part.query[0], share).astype(dtype)
+        query = query * cut_scale(scale, place, share)
+        key, value = (jnp.swapaxes(x[0], 0, 1).astype(dtype) for x in (part.key, part.value))
+        # One copy each, not one a block.
+        return cls(part, *lax.optimization_barrier((query, key, value)))
+
+    def part(self, block: Block, start, first) -> Problem:
+        return self.problem.part(t=(start, block.rows), s=(first, block.keys))
+
+    def dropped(
+        self, p: Float[Array, "k G C L"], block: Block, start, first
+    ) -> Float[Array, "k G C L"]:
+        """Drops weights, or what flows back to them, and scales the others up."""
+        words, rate = self.problem.dropout_key, self.problem.dropout_rate
+        if words is None:
+            return p
+        part = self.part(block, start, first)
+        keep = keep_mask(words, rate, part.pairs, part.rows, part.columns)
+        return jnp.where(_by_group(keep, *p.shape[:2]), p / (1 - rate), 0)
+
+    def scores(self, block: Block, start, first) -> Float[Array, "k G C L"]:
+        """Scores of a block of queries with its keys, far below any other where inadmissible."""
+        query = lax.dynamic_slice_in_dim(self.query, start, block.rows, axis=2)
+        heads, share, rows, width = query.shape
+        key = along(self.key, 1, first, block.keys)
+        y = product(query.reshape(heads, -1, width), key, 2, 2, self.problem.precision)
+        y = y.reshape(heads, share, rows, -1)
+        part = self.part(block, start, first)
+        if part.bias is not None:
+            y = y + _by_group(part.bias, heads, share)
+        low = floor(y.dtype)
+        for at, size in block.mixed:
+            some = part.part(s=(at, size))
+            where = _by_group(some.mask.admissible(some.rows, some.columns), heads, share)
+            if size == block.keys:
+                y = jnp.where(where, y, low)
+            else:
+                y = lax.dynamic_update_slice_in_dim(
+                    y, jnp.where(where, y[..., at : at + size], low), at, axis=3
+                )
+        return y
+
+
+def product(a: Array, b: Array, i: int, j: int, precision) -> Array:
+    return lax.dot_general(a, b, (((i,), (j,)), ((0,), (0,))), precision=precision)
+
+
+def along(x: Array, axis: int, start, size: int) -> Array:
+    if isinstance(start, int):
+        return lax.slice_in_dim(x, start, start + size, axis=axis)
+    return lax.dynamic_slice_in_dim(x, start, size, axis=axis)
+
+
+def _by_group(x: Array, heads: int, share: int) -> Array:
+    """Splits an axis of heads [1, #N, C, L] into key heads and their groups [#k, #G, C, L]."""
+    x = x[0]
+    return x[None] if x.shape[0] == 1 else x.reshape(heads, share, *x.shape[1:])
+
+
+def queries_first(x: Float[Array, "T N H"], share: int) -> Float[Array, "k G T H"]:
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(-1, share, *x.shape[1:])
+
+
+def cut_heads(x: Float[Array, "B T N H"], place: Place, share: int) -> Float[Array, "T n H"]:
+    x = lax.dynamic_index_in_dim(x, place.entry, 0, keepdims=False)
+    return lax.dynamic_slice_in_dim(x, place.first * share, place.count * share, axis=1)
+
+
+def put_heads(x: Array, part: Float[Array, "T n H"], place: Place, share: int) -> Array:
+    part = part[None].astype(x.dtype)
+    return lax.dynamic_update_slice(x, part, (place.entry, 0, place.first * share, 0))
+
+
+def put_rows(into, rows, place: Place, start):
+    return jax.tree.map(
+        lambda x, part: lax.dynamic_update_slice(
+            x, part[None].astype(x.dtype), (place.entry, place.first, 0, start)
+        ),
+        into,
+        rows,
+    )
+
+
+def take_rows(kept: Rows, place: Place, start, size: int) -> Rows:
+    def take(x):
+        shape = (1, place.count, x.shape[2], size)
+        return lax.dynamic_slice(x, (place.entry, place.first, 0, start), shape)[0]
+
+    return jax.tree.map(take, kept)
+
+
+def add(x: Array, part: Array, at: tuple) -> Array:
+    return lax.dynamic_update_slice(x, lax.dynamic_slice(x, at, part.shape) + part, at)
+
+
+def add_bias(dbias, dy: Float[Array, "k G C L"], place: Place, start, first, share: int) -> Array:
+    """Adds a block's part of the bias's gradient, summed over the axes of size 1."""
+    dy = dy.reshape(1, -1, *dy.shape[2:])
+    small = tuple(i for i in (1, 2, 3) if dbias.shape[i] == 1)
+    dy = jnp.sum(dy, axis=small, keepdims=True)
+    at = (place.entry, place.first * share, start, first)
+    return add(dbias, dy, tuple(0 if n == 1 else a for n, a in zip(dbias.shape, at, strict=True)))
+
+
+def cut_scale(scale: Float[Array, "#B #T #N 1"], place: Place, share: int) -> Array:
+    """The place's part, [#k, #G, #T, 1]."""
+    if scale.shape[0] > 1:
+        scale = lax.dynamic_slice_in_dim(scale, place.entry, 1, axis=0)
+    if scale.shape[2] == 1:
+        return jnp.moveaxis(scale, 2, 1)
+    part = lax.dynamic_slice_in_dim(scale, place.first * share, place.count * share, axis=2)
+    return queries_first(part[0], share)
+
+
+def add_scale(dscale, products: Float[Array, "k G T H"], place: Place, share: int) -> Array:
+    """Adds the place's part of the scale's gradient, summed over the axes of size 1."""
+    part = jnp.sum(products, axis=-1).reshape(1, -1, products.shape[2], 1)
+    part = jnp.swapaxes(part, 1, 2)
+    small = tuple(i for i in (1, 2) if dscale.shape[i] == 1)
+    at = (place.entry, 0, place.first * share, 0)
+    at = tuple(0 if n == 1 else a for n, a in zip(dscale.shape, at, strict=True))
+    return add(dscale, jnp.sum(part, axis=small, keepdims=True), at)

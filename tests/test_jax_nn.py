@@ -1,0 +1,69 @@
+"""With the Gaussian kernel kreg.attention is jax.nn.dot_product_attention, but for empty rows."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kreg
+
+B, T, S, N, H = 2, 17, 23, 4, 8
+RNG = np.random.default_rng(0)
+CHOICES = {
+    "bias": [None, RNG.normal(size=(1, N, T, S)).astype("float32")],
+    "mask": [None, RNG.random((B, 1, T, S)) < 0.6],
+    "is_causal": [False, True],
+    "lengths": [False, True],
+    "local_window_size": [None, 3, (5, 2)],
+}
+COMBINATIONS = [dict(zip(CHOICES, c, strict=True)) for c in itertools.product(*CHOICES.values())]
+
+
+def arrays(heads: int):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(B, T, N, H), (B, S, heads, H), (B, S, heads, H), (B, T, N, H)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def named(combination) -> dict:
+    options = {name: x for name, x in combination.items() if x is not None}
+    if options.pop("lengths"):
+        options["query_seq_lengths"] = jnp.array([17, 9])
+        options["key_value_seq_lengths"] = jnp.array([11, 23])
+    return {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+
+
+def values_and_gradients(attend, inputs, cotangent):
+    @jax.jit
+    def run(inputs, cotangent):
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v), *inputs)
+        return out, pull(cotangent)
+
+    return run(inputs, cotangent)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("number", range(0, len(COMBINATIONS), 3))
+def test_gaussian_is_softmax_attention(number):
+    options = named(COMBINATIONS[number])
+    *inputs, cotangent = arrays(heads=N if number % 2 else 2)
+    # Rows without keys are 0 here and a mean there: they and their gradients stay out.
+    _, stats = kreg.attention(*inputs, kernel=kreg.gaussian, return_stats=True, **options)
+    some = (stats.support > 0)[..., None]
+    cotangent = jnp.where(some, cotangent, 0)
+
+    def theirs(q, k, v):
+        out = jax.nn.dot_product_attention(q, k, v, **options)
+        return jnp.where(some, out, 0)
+
+    want = values_and_gradients(theirs, inputs, cotangent)
+    for implementation in ("reference", "xla"):
+
+        def ours(q, k, v, implementation=implementation):
+            options_ = {"kernel": kreg.gaussian, "implementation": implementation, **options}
+            return kreg.attention(q, k, v, **options_)
+
+        got = values_and_gradients(ours, inputs, cotangent)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), got, want)
