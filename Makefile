@@ -16,7 +16,7 @@ help:
 	@echo "into .venv the first time and starts at once afterwards."
 	@echo
 	@echo "  make demo      train small Memory Mosaics with six kernels on unseen automata; a table and a"
-	@echo "                 figure in runs/demo (5 minutes on 2 cores; stop it and it goes on next time)"
+	@echo "                 figure in runs/demo (3 minutes on 2 cores; stop it and it goes on next time)"
 	@echo "  make figures   the kernels, their attention maps and bandwidths, drawn into runs/figures"
 	@echo "  make test      the tests; one file: make test ARGS=tests/test_package.py; make slow: the rest"
 	@echo "  make lint      ruff and pyrefly; make format rewrites the files"

@@ -173,6 +173,7 @@ def test_carried_runs_go_on(smoke, tmp_path, monkeypatch):
     assert work_on_queue(report, Deadline(60), jobs=SMOKE_QUEUE, carry=archive) == 2
 
 
+@pytest.mark.slow
 def test_every_module_imports_where_packages_are_lacking(bare):
     """Those of this command, and what the contract loads from the tests."""
     folder = ROOT / "experiments" / "hardware"

@@ -71,6 +71,7 @@ def test_loss_is_the_formula_and_its_gradient_p_minus_y(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.slow
 def test_integer_labels_are_one_hot_distributions(name):
     x, labels = draw((4, 5, 7)), np.random.default_rng(2).integers(0, 7, (4, 5))
     want = evaluate(name, x, np.eye(7, dtype=np.float32)[labels])

@@ -230,6 +230,7 @@ def test_a_row_does_not_feel_its_neighbours(name):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("name", ["softmax", "entmax15", "relumax", "topk_softmax", "entmax1.7"])
+@pytest.mark.slow
 def test_types_are_kept(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         x = jnp.asarray(draw((2, 5)), dtype)

@@ -29,6 +29,7 @@ CASES += [("norm_relu", {"compat": "dense"}), ("relumax", {"compat": "eft"})]
 NAMES = [*METHODS, *VARIANTS, "dense", "eft"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "options"), CASES, ids=NAMES)
 def test_blocks_know_neither_the_future_nor_other_documents(method, options):
     block = module(Block, config(method, **options))

@@ -74,7 +74,7 @@ class Config:
 
     preset: Literal["smoke", "small", "paper"] = "smoke"
     """Where all other options start from. smoke: tiny automata, half a minute a method on a laptop.
-    small: the official automata cut to 256 tokens, about 10 minutes a method. paper: the published
+    small: the official automata cut to 256 tokens, about 3 minutes a method. paper: the published
     setting, for an accelerator; choose --data.train."""
     methods: tuple[str, ...] = tuple(PAPER)
     """The paper's names (softmax, triweight, biweight, epanechnikov, norm_relu, relumax,
