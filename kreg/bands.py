@@ -87,22 +87,23 @@ def blocks(problem: Problem) -> list[Block]:
         mixed = ((0, high - low),)
         if static:
             mixed = _mixed(start, end, low, high, lower, upper)
-        whole, rest = divmod(end - start, rows)
-        for begin, size, count in ((start, rows, whole), (end - rest, rest, 1)):
-            if size and count:
-                plan.append(Block(begin, size, count, low, high - low, False, low, mixed))
+        for run in _runs(start, end, rows):
+            plan.append(Block(*run, low, high - low, False, low, mixed))
     return plan
+
+
+def _runs(start: int, stop: int, rows: int) -> list[tuple[int, int, int]]:
+    """Start, rows and count of the full blocks of [start, stop), and of what is left over."""
+    whole, rest = divmod(stop - start, rows)
+    runs = [(start, rows, whole), (stop - rest, rest, 1)]
+    return [run for run in runs if run[1] and run[2]]
 
 
 def _searching(queries: int, rows: int, keys: int) -> list[Block]:
     """Plans blocks that look, when running, where their keys are: packing, padding, prefixes."""
-    whole, rest = divmod(queries, rows)
     widths = tuple(sorted({-(-keys * i // _PARTS) for i in _SHARES}))
-    plan = []
-    for begin, size, count in ((0, rows, whole), (queries - rest, rest, 1)):
-        if size and count:
-            plan.append(Block(begin, size, count, 0, keys, False, 0, ((0, keys),), widths))
-    return plan
+    runs = _runs(0, queries, rows)
+    return [Block(*run, 0, keys, False, 0, ((0, keys),), widths) for run in runs]
 
 
 def reach(problem: Problem, plan: list[Block]) -> tuple[Array, Array] | None:
@@ -121,13 +122,10 @@ def reach(problem: Problem, plan: list[Block]) -> tuple[Array, Array] | None:
 
 def _sliding(first: int, stop: int, rows: int, lower: int, span: int, keys: int) -> list[Block]:
     """Plans blocks whose keys move along with them, for windows much shorter than the keys."""
-    whole, rest = divmod(stop - first, rows)
-    plan = []
-    for begin, size, count in ((first, rows, whole), (stop - rest, rest, 1)):
-        if size and count:
-            low = begin + lower
-            plan.append(Block(begin, size, count, low, span, True, keys - span, ((0, span),)))
-    return plan
+    return [
+        Block(*run, run[0] + lower, span, True, keys - span, ((0, span),))
+        for run in _runs(first, stop, rows)
+    ]
 
 
 def _mixed(start: int, end: int, low: int, high: int, lower, upper) -> tuple[tuple[int, int], ...]:

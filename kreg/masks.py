@@ -194,12 +194,11 @@ class Mask:
         """Raises ValueError where a part does not fit the shapes of the queries and keys."""
         sizes = {"b": batch, "n": heads, "t": queries, "s": keys}
         parts = {name: getattr(self, name) for name in ("array", *_RANGES)}
-        pairs = [(f"segment_ids[{i}]", pair) for i, pair in enumerate(self.segments)]
         axes = self.axes()
         for name, part in parts.items():
             if part is not None and not isinstance(part, int):
                 _check_shape("mask" if name == "array" else name, part, getattr(axes, name), sizes)
-        for _, (of_queries, of_keys) in pairs:
+        for of_queries, of_keys in self.segments:
             given = of_queries.shape, of_keys.shape
             wanted = (queries, keys)
             if any(

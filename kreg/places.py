@@ -147,10 +147,12 @@ class Local:
 
 
 def product(a: Array, b: Array, i: int, j: int, precision) -> Array:
+    """Multiplies two batches of matrices, contracting axis i of a with axis j of b."""
     return lax.dot_general(a, b, (((i,), (j,)), ((0,), (0,))), precision=precision)
 
 
 def along(x: Array, axis: int, start, size: int) -> Array:
+    """Cuts an axis to (start, size); the start may be traced."""
     if isinstance(start, int):
         return lax.slice_in_dim(x, start, start + size, axis=axis)
     return lax.dynamic_slice_in_dim(x, start, size, axis=axis)
@@ -163,21 +165,25 @@ def _by_group(x: Array, heads: int, share: int) -> Array:
 
 
 def queries_first(x: Float[Array, "T N H"], share: int) -> Float[Array, "k G T H"]:
+    """Brings heads first, split into key heads and their groups."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(-1, share, *x.shape[1:])
 
 
 def cut_heads(x: Float[Array, "B T N H"], place: Place, share: int) -> Float[Array, "T n H"]:
+    """Cuts out the place's heads."""
     x = lax.dynamic_index_in_dim(x, place.entry, 0, keepdims=False)
     return lax.dynamic_slice_in_dim(x, place.first * share, place.count * share, axis=1)
 
 
 def put_heads(x: Array, part: Float[Array, "T n H"], place: Place, share: int) -> Array:
+    """Puts the place's heads back."""
     part = part[None].astype(x.dtype)
     return lax.dynamic_update_slice(x, part, (place.entry, 0, place.first * share, 0))
 
 
 def put_rows(into, rows, place: Place, start):
+    """Puts a block's row values, [k, G, C], into those of all rows."""
     return jax.tree.map(
         lambda x, part: lax.dynamic_update_slice(
             x, part[None].astype(x.dtype), (place.entry, place.first, 0, start)
@@ -188,6 +194,8 @@ def put_rows(into, rows, place: Place, start):
 
 
 def take_rows(kept: Rows, place: Place, start, size: int) -> Rows:
+    """Takes a block's row values out again."""
+
     def take(x):
         shape = (1, place.count, x.shape[2], size)
         return lax.dynamic_slice(x, (place.entry, place.first, 0, start), shape)[0]
@@ -196,6 +204,7 @@ def take_rows(kept: Rows, place: Place, start, size: int) -> Rows:
 
 
 def add(x: Array, part: Array, at: tuple) -> Array:
+    """Adds a part to an array at a position."""
     return lax.dynamic_update_slice(x, lax.dynamic_slice(x, at, part.shape) + part, at)
 
 
