@@ -1,10 +1,9 @@
-r"""alpha-entmax attention block by block, with its own backward pass; on CPU the fastest path.
+r"""Attention block by block, with its own backward pass; on CPU the fastest path.
 
 Queries are taken in blocks, heads in groups, so that a block's scores stay in cache. A block forms
 its scores with exactly the keys that a static band (causality, window) leaves it; masks are applied
-where keys are neither all visible nor all hidden. Forward: scores, threshold, weights, average.
-Backward: scores again, with the thresholds kept. Scores are in units of r: y = z / r, so that
-p = [y - tau]_+^r / sum and tau = t / r.
+where keys are neither all visible nor all hidden. Forward: scores, thresholds, weights, average.
+Backward: scores again, with the thresholds kept. How a row is weighed is the business of `rowwise`.
 """
 
 import dataclasses
@@ -19,17 +18,18 @@ from jaxtyping import Array, Float
 
 from kreg import chunked, reference
 from kreg.bands import Block, blocks, reach
-from kreg.bandwidth import Adaptive
+from kreg.bandwidth import Fixed
 from kreg.derivatives import differentiable
 from kreg.masks import Mask
 from kreg.places import (
     Local,
     Place,
     add,
-    add_bias,
     add_scale,
+    add_scores,
     along,
     cut_heads,
+    cut_rows,
     cut_scale,
     over_blocks,
     over_groups,
@@ -40,28 +40,26 @@ from kreg.places import (
     take_rows,
 )
 from kreg.problem import Problem
-from kreg.rowwise import Rows, floor, solve, weights, weights_and_slopes
-from kreg.rowwise import takes as handles
+from kreg.rowwise import Powers, Rows
 from kreg.threshold import THRESHOLD
-from kreg.weights import Stats
+from kreg.weights import Stats, row_stats
 
 
 class Inputs(NamedTuple):
-    """What gradients flow to."""
+    """What gradients flow to; scores are z = scale q.k + bias."""
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K V"]
-    scale: Float[Array, "#B #T #N 1"]  # of the scores, in units of r h^2
-    bias: Float[Array, "#B #N #T #S"] | None  # in these units already
+    scale: Float[Array, "#B #T #N 1"]
+    bias: Float[Array, "#B #N #T #S"] | None
+    at: Float[Array, "#B #N #T 1"] | None  # threshold of `Fixed`
 
 
 def takes(problem: Problem) -> bool:
     """True where this path computes the problem."""
-    order = _order(problem)
     return (
-        isinstance(problem.rule, Adaptive)
-        and handles(order)
+        Powers.takes(problem.kernel.static_order, type(problem.rule))
         and problem.soft_cap is None
         and problem.null is None
         and (problem.bias is None or math.prod(jnp.shape(problem.rule.h)) == 1)
@@ -72,19 +70,17 @@ def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats | None]:
     """Attends block by block."""
     problem = _without_dead(problem)
     dtype = problem.dtype
-    unit = _unit(problem)
-    squeeze = 1 / (unit * jnp.square(jnp.asarray(problem.rule.h, dtype)))
+    squeeze = 1 / jnp.square(jnp.asarray(problem.rule.h, dtype))
     scale = problem.scale.astype(dtype) * jnp.swapaxes(squeeze, 1, 2)
     bias, mask = problem.bias, problem.mask
     if bias is not None:
         seen = bias != -jnp.inf
         bias, mask = jnp.where(seen, bias, 0).astype(dtype) * squeeze, mask & Mask(seen)
-    inputs = Inputs(problem.query, problem.key, problem.value, scale, bias)
+    at = squeeze - 0.5 if isinstance(problem.rule, Fixed) else None
+    inputs = Inputs(problem.query, problem.key, problem.value, scale, bias, at)
+    one = jnp.ones((1, 1, 1, 1), dtype)
     rest = dataclasses.replace(
-        _emptied(problem),
-        mask=mask,
-        rule=Adaptive(jnp.ones((1, 1, 1, 1), dtype)),
-        scale=jnp.asarray(unit, dtype),
+        _emptied(problem), mask=mask, rule=type(problem.rule)(one), scale=one[0, 0, 0, 0]
     )
     out, stats = _attend(inputs, rest)
     return out, None if stats is None else reference.certified(problem, stats)
@@ -107,15 +103,10 @@ def _without_dead(problem: Problem) -> Problem:
     )
 
 
-def _order(problem: Problem) -> float:
-    """The kernel's static order, 0 where it is traced."""
+def _method(problem: Problem) -> Powers:
     order = problem.kernel.static_order
-    return 0 if order is None else order
-
-
-def _unit(problem: Problem) -> float:
-    order = _order(problem)
-    return 1.0 if order == math.inf else float(order)
+    assert order is not None
+    return Powers(order, type(problem.rule))
 
 
 def _emptied(problem: Problem) -> Problem:
@@ -125,15 +116,16 @@ def _emptied(problem: Problem) -> Problem:
 
 
 def _filled(rest: Problem, inputs: Inputs) -> Problem:
-    query, key, value, _, bias = inputs
+    query, key, value, _, bias, _ = inputs
     return dataclasses.replace(rest, query=query, key=key, value=value, bias=bias)
 
 
 def _plain(inputs: Inputs, rest: Problem) -> Float[Array, "B T N V"]:
     """Computes the same with the chunked path, whose every derivative JAX can take."""
     inputs = inputs._replace(query=inputs.query.astype(rest.scale.dtype) * inputs.scale)
-    if inputs.bias is not None:
-        inputs = inputs._replace(bias=inputs.bias * rest.scale)
+    if inputs.at is not None:  # by moving the scores, for the rule's own threshold is 1/2
+        bias = 0.5 - inputs.at
+        inputs = inputs._replace(bias=bias if inputs.bias is None else inputs.bias + bias)
     return chunked.attend(dataclasses.replace(_filled(rest, inputs), with_stats=False))[0]
 
 
@@ -142,26 +134,31 @@ def _forward(inputs: Inputs, rest: Problem):
     batch, queries, heads, _ = inputs.query.shape
     groups, width = inputs.value.shape[2:]
     share = heads // groups
-    order, dtype = _order(rest), rest.scale.dtype
+    method, dtype = _method(rest), rest.scale.dtype
     plan = blocks(problem)
     out = jnp.zeros((batch, queries, heads, width), inputs.value.dtype)
-    row = jnp.zeros((batch, groups, share, queries), dtype)
-    kept = Rows(row, row, row)
-    stats = _no_stats(row) if rest.with_stats else None
+    shape = batch, groups, share, queries
+    kept = jnp.zeros((len(Rows._fields), *shape), dtype)
+    stats = _no_stats(shape) if rest.with_stats else None
     where = reach(problem, plan)
+
+    def found_stats(z, gap):
+        return row_stats(z, gap, rest.kernel, rest.rule)
 
     def group(place: Place, carry):
         local = Local.cut(problem, inputs.scale, place)
+        at = cut_rows(inputs.at, place, share)
 
         def average(block: Block, start, first, nothing):
-            y = local.scores(block, start, first)
-            rows = solve(order, y)
-            p = local.dropped(weights(order, y, rows), block, start, first)
+            z = local.scores(block, start, first)
+            cut = local.row_part(at, block, start)
+            rows = method.solve(z, cut)
+            p = local.dropped(method.weights(z, rows, cut), block, start, first)
             value = along(local.value, 1, first, block.keys)
             o = _mix(p.reshape(p.shape[0], -1, p.shape[-1]), value, rest.precision)
             o = jnp.moveaxis(o.reshape(*p.shape[:3], -1), 2, 0)
             o = o.reshape(1, o.shape[0], -1, width).astype(out.dtype)
-            return nothing, (o, rows, None if stats is None else _stats(order, y, rows))
+            return nothing, (o, rows, None if stats is None else found_stats(z, rows.gap))
 
         def store(carry, found, block: Block, start, first):
             out, kept, stats = carry
@@ -173,14 +170,13 @@ def _forward(inputs: Inputs, rest: Problem):
         return over_blocks(plan, where, place, average, store, carry, ())[0]
 
     out, kept, stats = over_groups(problem, group, (out, kept, stats))
-    kept = jax.tree.map(lambda x: checkpoint_name(x, THRESHOLD), kept)
-    return out, (kept, stats)
+    return out, (checkpoint_name(kept, THRESHOLD), stats)
 
 
 def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"]) -> Inputs:
     problem = _filled(rest, inputs)
     kept, _ = saved
-    order, dtype, precision = _order(rest), rest.scale.dtype, rest.precision
+    method, dtype, precision = _method(rest), rest.scale.dtype, rest.precision
     share = inputs.query.shape[2] // inputs.key.shape[2]
     plan = blocks(problem)
     change = jax.tree.map(jnp.zeros_like, inputs)
@@ -188,6 +184,7 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
 
     def group(place: Place, carry: Inputs) -> Inputs:
         local = Local.cut(problem, inputs.scale, place)
+        at = cut_rows(inputs.at, place, share)
         do = queries_first(cut_heads(dout, place, share), share).astype(dtype)
         # Transposed, so that every product reads its large operand along rows.
         dk = jnp.zeros((*local.key.shape[:1], *local.key.shape[:0:-1]), dtype)
@@ -195,10 +192,10 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
 
         def pull(block: Block, start, first, sums):
             dk, dv = sums
-            y = local.scores(block, start, first)
+            z = local.scores(block, start, first)
             key, value = (along(x, 1, first, block.keys) for x in (local.key, local.value))
             rows = take_rows(kept, place, start, block.rows)
-            p, lower = weights_and_slopes(order, y, rows)
+            p, pull_rows = method.linear(z, rows, local.row_part(at, block, start))
             p = local.dropped(p, block, start, first)
             merged = p.shape[0], p.shape[1] * p.shape[2]
             q, g = (
@@ -207,22 +204,26 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
             )
             dp = product(g, value, 2, 2, precision).reshape(p.shape)
             dp = local.dropped(dp, block, start, first)
-            delta = jnp.sum(lower * dp, axis=-1, keepdims=True) * rows.slope[..., None]
-            dy = lower * (dp - delta) * (_unit(problem) * rows.scale[..., None])
-            flat, p = dy.reshape(*merged, -1), p.reshape(*merged, -1)
-            dq = product(flat, key, 2, 1, precision).reshape(*dy.shape[:3], -1)
+            dz, dat = pull_rows(dp)
+            flat, p = dz.reshape(*merged, -1), p.reshape(*merged, -1)
+            dq = product(flat, key, 2, 1, precision).reshape(*dz.shape[:3], -1)
             dk = add(dk, product(q, flat, 1, 1, precision), (0, 0, first))
             dv = add(dv, product(g, p, 1, 1, precision), (0, 0, first))
-            return (dk, dv), (dq, None if inputs.bias is None else dy)
+            return (dk, dv), (dq, None if inputs.bias is None else dz, dat)
 
         def store(carry, found, block: Block, start, first):
-            dq, dbias = carry
-            part, dy = found
+            dq, dbias, dats = carry
+            part, dz, dat = found
             dq = lax.dynamic_update_slice_in_dim(dq, part, start, axis=2)
-            return dq, None if dy is None else add_bias(dbias, dy, place, start, first, share)
+            if dz is not None:
+                dbias = add_scores(dbias, dz, place, start, first, share)
+            if dat is not None:
+                dats = add_scores(dats, dat, place, start, 0, share)
+            return dq, dbias, dats
 
-        carry_in = jnp.zeros_like(local.query), carry.bias
-        (dq, dbias), (dk, dv) = over_blocks(plan, where, place, pull, store, carry_in, (dk, dv))
+        carry_in = jnp.zeros_like(local.query), carry.bias, carry.at
+        found = over_blocks(plan, where, place, pull, store, carry_in, (dk, dv))
+        (dq, dbias, dats), (dk, dv) = found
         plain = queries_first(local.problem.query[0], share).astype(dtype)
         dscale = add_scale(carry.scale, dq * plain, place, share)
         dq = jnp.moveaxis(dq * cut_scale(inputs.scale, place, share), 2, 0)
@@ -232,6 +233,7 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
             put_heads(carry.value, jnp.moveaxis(dv, 2, 0), place, 1),
             dscale,
             dbias,
+            dats,
         )
 
     return over_groups(problem, group, change)
@@ -244,8 +246,8 @@ def _attend(inputs: Inputs, rest: Problem) -> tuple[Float[Array, "B T N V"], Sta
     out, (_, stats) = _call(inputs, rest)
     if stats is None:
         return out, None
-    shape = (out.shape[0], -1, out.shape[1])
-    return out, Stats(*(jnp.swapaxes(x.reshape(shape), 1, 2) for x in stats))
+    threshold, support, residual = jnp.moveaxis(stats, -1, 2).reshape(3, *out.shape[:3])
+    return out, Stats(threshold, support.astype(jnp.int32), residual)
 
 
 def _mix(p, v, precision):
@@ -259,27 +261,6 @@ def _mix(p, v, precision):
     return total
 
 
-def _no_stats(row: Array) -> Stats:
-    single = row.astype(jnp.float32)
-    return Stats(single + jnp.inf, row.astype(jnp.int32), single)
-
-
-def _stats(order: float, y: Float[Array, "k G C L"], rows: Rows) -> Stats:
-    """Threshold in units of z, number of keys above it, and the certificate."""
-    seen = y > floor(y.dtype)
-    some = jnp.any(seen, axis=-1)
-    if order == math.inf:
-        threshold, support, residual = -jnp.inf, jnp.sum(seen, axis=-1, dtype=jnp.int32), 0.0
-    else:
-        u = jnp.maximum(y - rows.shift[..., None], 0)
-        threshold = order * rows.shift
-        support = jnp.sum(u > 0, axis=-1, dtype=jnp.int32)
-        g = jnp.sum(u**order, axis=-1) ** (1 / order)
-        largest = order * jnp.max(jnp.where(seen, jnp.abs(y), 0), axis=-1)
-        rounding = jnp.finfo(jnp.float32).eps * (16 * (1 + largest) + 4 * order)
-        residual = jnp.abs(g - 1) * order + rounding
-    return Stats(
-        jnp.where(some, threshold, jnp.inf).astype(jnp.float32),
-        jnp.where(some, support, 0),
-        jnp.where(some, residual, 0).astype(jnp.float32),
-    )
+def _no_stats(shape: tuple[int, ...]) -> Float[Array, "3 B K G T"]:
+    """Stats of rows without keys, one array of the three; a count of keys is exact to 2^24."""
+    return jnp.zeros((3, *shape), jnp.float32).at[0].set(jnp.inf)

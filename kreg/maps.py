@@ -181,5 +181,9 @@ def _map(x, axis, where, kernel: Kernel, rule: Rule, fixed=0.0) -> Array:
     x = as_scores("x", x, axis)
     if isinstance(rule, Nearest) and not (isinstance(rule.k, (int, np.integer)) and rule.k >= 1):
         raise ValueError(f"k: expected an integer >= 1, got {rule.k!r}")
-    weights, _ = weigh(*along_last(x, axis, where), kernel, rule, fixed)
+    if where is None:
+        z = jnp.moveaxis(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis, -1)
+        weights, _ = weigh(z, None, kernel, rule, fixed)
+    else:
+        weights, _ = weigh(*along_last(x, axis, where), kernel, rule, fixed)
     return jnp.moveaxis(weights, -1, axis).astype(x.dtype)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from kreg.bands import Block, group_size
 from kreg.dropout import keep_mask
 from kreg.problem import Problem
-from kreg.rowwise import Rows, floor
+from kreg.rowwise import Rows
 
 
 class Place(NamedTuple):
@@ -112,6 +112,13 @@ class Local:
     def part(self, block: Block, start, first) -> Problem:
         return self.problem.part(t=(start, block.rows), s=(first, block.keys))
 
+    def row_part(self, x: Float[Array, "#B #N #T 1"] | None, block: Block, start):
+        """Cuts [#k, #G, #C, 1] for a block from the place's part of an array of rows."""
+        if x is None:
+            return None
+        x = x if x.shape[2] == 1 else lax.dynamic_slice_in_dim(x, start, block.rows, axis=2)
+        return _by_group(x, *self.query.shape[:2])
+
     def dropped(
         self, p: Float[Array, "k G C L"], block: Block, start, first
     ) -> Float[Array, "k G C L"]:
@@ -124,26 +131,25 @@ class Local:
         return jnp.where(_by_group(keep, *p.shape[:2]), p / (1 - rate), 0)
 
     def scores(self, block: Block, start, first) -> Float[Array, "k G C L"]:
-        """Scores of a block of queries with its keys, far below any other where inadmissible."""
+        """Scores of a block of queries with its keys, -inf where inadmissible."""
         query = lax.dynamic_slice_in_dim(self.query, start, block.rows, axis=2)
         heads, share, rows, width = query.shape
         key = along(self.key, 1, first, block.keys)
-        y = product(query.reshape(heads, -1, width), key, 2, 2, self.problem.precision)
-        y = y.reshape(heads, share, rows, -1)
+        z = product(query.reshape(heads, -1, width), key, 2, 2, self.problem.precision)
+        z = z.reshape(heads, share, rows, -1)
         part = self.part(block, start, first)
         if part.bias is not None:
-            y = y + _by_group(part.bias, heads, share)
-        low = floor(y.dtype)
+            z = z + _by_group(part.bias, heads, share)
         for at, size in block.mixed:
             some = part.part(s=(at, size))
             where = _by_group(some.mask.admissible(some.rows, some.columns), heads, share)
             if size == block.keys:
-                y = jnp.where(where, y, low)
+                z = jnp.where(where, z, -jnp.inf)
             else:
-                y = lax.dynamic_update_slice_in_dim(
-                    y, jnp.where(where, y[..., at : at + size], low), at, axis=3
+                z = lax.dynamic_update_slice_in_dim(
+                    z, jnp.where(where, z[..., at : at + size], -jnp.inf), at, axis=3
                 )
-        return y
+        return z
 
 
 def product(a: Array, b: Array, i: int, j: int, precision) -> Array:
@@ -182,25 +188,17 @@ def put_heads(x: Array, part: Float[Array, "T n H"], place: Place, share: int) -
     return lax.dynamic_update_slice(x, part, (place.entry, 0, place.first * share, 0))
 
 
-def put_rows(into, rows, place: Place, start):
-    """Puts a block's row values, [k, G, C], into those of all rows."""
-    return jax.tree.map(
-        lambda x, part: lax.dynamic_update_slice(
-            x, part[None].astype(x.dtype), (place.entry, place.first, 0, start)
-        ),
-        into,
-        rows,
-    )
+def put_rows(into: Float[Array, "n B K G T"], rows, place: Place, start) -> Array:
+    """Puts a block's row values, [k, G, C] each, into those of all rows."""
+    part = jnp.stack(rows)[:, None].astype(into.dtype)
+    return lax.dynamic_update_slice(into, part, (0, place.entry, place.first, 0, start))
 
 
-def take_rows(kept: Rows, place: Place, start, size: int) -> Rows:
+def take_rows(kept: Float[Array, "n B K G T"], place: Place, start, size: int) -> Rows:
     """Takes a block's row values out again."""
-
-    def take(x):
-        shape = (1, place.count, x.shape[2], size)
-        return lax.dynamic_slice(x, (place.entry, place.first, 0, start), shape)[0]
-
-    return jax.tree.map(take, kept)
+    shape = (kept.shape[0], 1, place.count, kept.shape[3], size)
+    part = lax.dynamic_slice(kept, (0, place.entry, place.first, 0, start), shape)
+    return Rows(*part[:, 0])
 
 
 def add(x: Array, part: Array, at: tuple) -> Array:
@@ -208,13 +206,24 @@ def add(x: Array, part: Array, at: tuple) -> Array:
     return lax.dynamic_update_slice(x, lax.dynamic_slice(x, at, part.shape) + part, at)
 
 
-def add_bias(dbias, dy: Float[Array, "k G C L"], place: Place, start, first, share: int) -> Array:
-    """Adds a block's part of the bias's gradient, summed over the axes of size 1."""
-    dy = dy.reshape(1, -1, *dy.shape[2:])
-    small = tuple(i for i in (1, 2, 3) if dbias.shape[i] == 1)
-    dy = jnp.sum(dy, axis=small, keepdims=True)
+def add_scores(into, part: Float[Array, "k G C L"], place: Place, start, first, share: int):
+    """Adds a block's part of a gradient [#B, #N, #T, #S], summed over the axes of size 1."""
+    part = part.reshape(1, -1, *part.shape[2:])
+    small = tuple(i for i in (1, 2, 3) if into.shape[i] == 1)
+    part = jnp.sum(part, axis=small, keepdims=True)
     at = (place.entry, place.first * share, start, first)
-    return add(dbias, dy, tuple(0 if n == 1 else a for n, a in zip(dbias.shape, at, strict=True)))
+    return add(into, part, tuple(0 if n == 1 else a for n, a in zip(into.shape, at, strict=True)))
+
+
+def cut_rows(x: Float[Array, "#B #N #T 1"] | None, place: Place, share: int):
+    """The place's part of an array of rows, [1, #n, #T, 1]."""
+    if x is None:
+        return None
+    if x.shape[0] > 1:
+        x = lax.dynamic_slice_in_dim(x, place.entry, 1, axis=0)
+    if x.shape[1] > 1:
+        x = lax.dynamic_slice_in_dim(x, place.first * share, place.count * share, axis=1)
+    return x
 
 
 def cut_scale(scale: Float[Array, "#B #T #N 1"], place: Place, share: int) -> Array:

@@ -1,11 +1,14 @@
-r"""alpha-entmax on rows of scores without a mask: threshold, weights and their slopes.
+r"""Weights of rows of scores, and their derivative, for orders 1 to 8 and the Gaussian.
 
-Rows hold y = z / r (z for the Gaussian), with inadmissible entries far below all others; weights
-are p = [y - tau]_+^r / sum. What is kept of a row is three numbers.
+Rows hold scores z, -inf where inadmissible. With best score m and gap g = (m - t) / r every rule
+weighs by p = s x^r, x = [g + (z - m) / r]_+; rules differ in how g is found and moves. What is kept
+of a row is three numbers. Passes over a row form x anew, never store it: that is what makes them
+fast.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,146 +16,223 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from kreg.bandwidth import Adaptive, Anchored, Fixed
+
 _LARGEST_ORDER = 8
 _MOST_STEPS = 100
 # Newton's method starts on the greatest of every so many scores, a part of the row.
 _STRIDE = 8
+# Columns that are summed side by side, and how many of them into one number.
+_LANES = 64
+_LONGEST_SUM = 32
 
 
 class Rows(NamedTuple):
     """What the weights of a row are formed from.
 
-    shift: tau; the greatest score for the Gaussian.
-    scale: one over the sum of the powers; 0 for a row without keys.
-    slope: one over the sum of the powers r - 1; for the Gaussian the scale.
+    best: greatest score; 0 for a row without keys.
+    gap: (best - t) / r, 1 for the Gaussian; 0 or less where no key is within a fixed bandwidth.
+    scale: one over the sum of the powers r; 0 for a row without keys.
     """
 
-    shift: Float[Array, "*rows"]
+    best: Float[Array, "*rows"]
+    gap: Float[Array, "*rows"]
     scale: Float[Array, "*rows"]
-    slope: Float[Array, "*rows"]
 
 
-def takes(order: float) -> bool:
-    """True for the orders that are done here; powers of greater ones are formed from logarithms."""
-    return order == math.inf or 1 <= order <= _LARGEST_ORDER
+class Powers(NamedTuple):
+    """A static order and a rule's class: how rows of scores are weighed.
 
+    `at` is the threshold t of `Fixed`, [*rows, 1]; None for the other rules.
+    """
 
-def floor(dtype) -> Float[Array, ""]:
-    """Stands for an inadmissible score: far below any other, with room for differences."""
-    return jnp.asarray(-(jnp.finfo(dtype).max ** 0.75), dtype)
+    order: float
+    rule: type
+
+    @classmethod
+    def takes(cls, order: float | None, rule: type) -> bool:
+        """True for what is done here; powers of greater orders are formed from logarithms."""
+        known = order is not None and (order == math.inf or 1 <= order <= _LARGEST_ORDER)
+        return known and rule in (Adaptive, Anchored, Fixed)
+
+    def solve(self, z: Float[Array, "*rows n"], at: Array | None) -> Rows:
+        """Finds the gap of every row, and the sums at it."""
+        if self.order == math.inf or self.rule is Adaptive:
+            return solve(self.order, z)
+        best = _greatest(z)
+        gap = jnp.ones_like(best)
+        if self.rule is Fixed:
+            gap = (best - jnp.broadcast_to(at, (*best.shape, 1))[..., 0]) / self.order
+        return Rows(best, gap, _inverse(_sums(self.order, z, best, gap)[0]))
+
+    def weights(self, z: Float[Array, "*rows n"], rows: Rows, at: Array | None) -> Array:
+        """Evaluates p."""
+        return weights_and_slopes(self.order, z, rows)[0]
+
+    def linear(
+        self, z: Float[Array, "*rows n"], rows: Rows, at: Array | None
+    ) -> tuple[Array, Callable[[Array], tuple[Array, Array | None]]]:
+        """Evaluates p, and makes the function from dp to dz and the gradient of `at`, by row."""
+        p, lower = weights_and_slopes(self.order, z, rows)
+
+        def pull(dp):
+            scale = rows.scale[..., None]
+            # Always more than one sum, or XLA stores what is summed.
+            if self.order == math.inf or self.rule is Adaptive:
+                mean, total = lax.optimization_barrier(totals(lower * dp, lower))
+                return lower * (dp - (mean * _inverse(total))[..., None]) * scale, None
+            mean, away, total = (x[..., None] for x in totals(p * dp, lower * dp, lower))
+            # Equal weights do not move with the scores.
+            scale = jnp.where(rows.gap[..., None] > 0, scale, 0)
+            dz, away = lower * (dp - mean) * scale, (away - mean * total) * scale
+            if self.rule is Fixed:
+                return dz, -away
+            keys = lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
+            return dz - jnp.where(keys == jnp.argmax(z, axis=-1)[..., None], away, 0), None
+
+        return p, pull
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def solve(order: float, y: Float[Array, "*rows n"]) -> Rows:
-    """Finds the threshold of every row."""
+def solve(order: float, z: Float[Array, "*rows n"]) -> Rows:
+    """Finds the gaps at which the powers of every row sum to 1: alpha-entmax."""
+    part = _part(z)
+    best = _greatest(part)
+    gap = jnp.ones_like(best)
     if order == math.inf:
-        best = jnp.max(y, axis=-1)
-        total = jnp.sum(jnp.exp(y - best[..., None]), axis=-1)
-        scale = jnp.where(best > floor(y.dtype), 1 / total, 0)
-        return Rows(best, scale, scale)
-    shift = _start(order, y)
-    total, slope = _sums(order, y, shift)
-    eps = jnp.finfo(y.dtype).eps
+        scale = _inverse(*totals(jnp.exp(z - best[..., None])))
+        return Rows(best, gap, scale)
 
-    def step(shift, total, slope):
-        """Newton's step on the norm; 0 where it is no more than rounding."""
-        size = (total - total ** (1 - 1 / order)) / jnp.where(slope > 0, slope, 1)
-        return jnp.where(size > 2 * eps * (1 + jnp.abs(shift)), size, 0)
-
-    def unfinished(carry):
-        count, size, *_ = carry
-        return (count < _MOST_STEPS) & jnp.any(size > 0)
+    if part is not z:
+        gap = lax.fori_loop(0, 3, lambda _, gap: gap - _step(order, part, best, gap)[0], gap)
 
     def advance(carry):
-        count, size, shift, total, slope = carry
-        moved = shift + size
-        sums = _sums(order, y, moved)
-        # A finished row keeps its bits whatever its neighbours still do.
-        total, slope = (
-            jnp.where(size > 0, new, old) for new, old in zip(sums, (total, slope), strict=True)
-        )
-        size = jnp.where(size > 0, step(moved, total, slope), 0)
-        return count + 1, size, moved, total, slope
+        count, gap, size, _ = carry
+        gap = gap - size
+        return count + 1, gap, *_step(order, z, best, gap)
 
-    carry = (0, step(shift, total, slope), shift, total, slope)
-    _, _, shift, total, slope = lax.while_loop(unfinished, advance, carry)
-    some = total > 0
-    return Rows(
-        shift,
-        jnp.where(some, 1 / jnp.where(some, total, 1), 0),
-        1 / jnp.where(slope > 0, slope, 1),
-    )
+    def unfinished(carry):
+        count, _, size, _ = carry
+        return (count == 0) | ((count < _MOST_STEPS) & jnp.any(size > 0))
+
+    # A finished row takes steps of 0: it keeps its bits whatever its neighbours still do.
+    zero = jnp.zeros_like(gap)
+    _, gap, _, total = lax.while_loop(unfinished, advance, (0, gap, zero, zero))
+    return Rows(best, gap, _inverse(total))
+
+
+def _step(order: float, z: Array, best: Array, gap: Array) -> tuple[Array, Array]:
+    """Newton's step on the norm, 0 where it is no more than rounding; and the sum of the powers."""
+    # Together, or XLA forms what does not change with the gap before the loop, and stores it.
+    z, best, gap = lax.optimization_barrier((z, best, gap))
+    total, slope = _sums(order, z, best, gap)
+    size = (total - _shrunk(order, total)) * _inverse(slope)
+    return jnp.where(size > 2 * jnp.finfo(z.dtype).eps * gap, size, 0), total
 
 
 @solve.defjvp
 def _solve_jvp(order, primals, tangents):
-    (y,), (dy,) = primals, tangents
-    rows = solve(order, y)
-    shift, scale, slope = rows
+    (z,), (dz,) = primals, tangents
+    rows = solve(order, z)
+    zero = jnp.zeros_like(rows.best)  # weights do not depend on what scores are measured from
     if order == math.inf:
-        # The shift is a constant: weights do not depend on it.
-        dscale = -jnp.square(scale) * jnp.sum(jnp.exp(y - shift[..., None]) * dy, axis=-1)
-        return rows, Rows(jnp.zeros_like(shift), dscale, dscale)
-    u = jnp.maximum(y - shift[..., None], 0)
-    dshift = jnp.sum(_power(u, order - 1) * dy, axis=-1) * slope
-    if order == 1:
-        return rows, Rows(dshift, jnp.zeros_like(scale), jnp.zeros_like(slope))
+        change = jnp.sum(jnp.exp(z - rows.best[..., None]) * dz, axis=-1)
+        return rows, Rows(zero, zero, -jnp.square(rows.scale) * change)
+    lower = _power(_above(order, z, rows.best, rows.gap), order - 1)
     # The powers r sum to 1 wherever the scores move to.
-    bend = (order - 1) * _power(u, order - 2)
-    dslope = -jnp.square(slope) * jnp.sum(bend * (dy - dshift[..., None]), axis=-1)
-    return rows, Rows(dshift, jnp.zeros_like(scale), dslope)
-
-
-def weights(order: float, y: Float[Array, "*rows n"], rows: Rows) -> Float[Array, "*rows n"]:
-    """Evaluates p."""
-    return weights_and_slopes(order, y, rows)[0]
+    dgap = -jnp.sum(lower * dz, axis=-1) * _inverse(jnp.sum(lower, axis=-1)) / order
+    return rows, Rows(zero, dgap, zero)
 
 
 def weights_and_slopes(
-    order: float, y: Float[Array, "*rows n"], rows: Rows
+    order: float, z: Float[Array, "*rows n"], rows: Rows
 ) -> tuple[Float[Array, "*rows n"], Float[Array, "*rows n"]]:
-    r"""Evaluates p and u with $\dot p = r s\, u (\dot y - \langle u, \dot y \rangle / \sum u)$.
+    r"""Evaluates p and u with $\dot p = s\, u (\dot z - r\, \dot t)$, s the row's scale.
 
-    s is the row's scale; for the Gaussian u = p and r s counts as 1.
+    For the Gaussian u = p / s.
     """
-    shift, scale = rows.shift[..., None], rows.scale[..., None]
+    scale = rows.scale[..., None]
     if order == math.inf:
-        p = jnp.exp(y - shift)
+        p = jnp.exp(z - rows.best[..., None])
         return p * scale, p
-    u = jnp.maximum(y - shift, 0)
-    lower = _power(u, order - 1)
-    return lower * u * scale, lower
+    x = _above(order, z, rows.best, rows.gap)
+    lower = _power(x, order - 1)
+    return lower * x * scale, lower
 
 
-def _start(order: float, y: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
-    """Starts below the root: at the root, nearly, of a part of the row that holds its greatest."""
-    n = y.shape[-1]
+def _above(order: float, z: Array, best: Array, gap: Array) -> Float[Array, "*rows n"]:
+    """Evaluates x; 1 for all keys of a row whose threshold is above its best score."""
+    # So small that scores make no difference, but for those of -inf.
+    unit = jnp.where(gap > 0, 1 / order, jnp.finfo(z.dtype).tiny)
+    gap = jnp.where(gap > 0, gap, 1)
+    return jnp.maximum(gap[..., None] + (z - best[..., None]) * unit[..., None], 0)
+
+
+def _sums(order: float, z: Array, best: Array, gap: Array) -> list[Array]:
+    x = _above(order, z, best, gap)
+    lower = _power(x, order - 1)
+    return totals(x if order == 1 else lower * x, lower)
+
+
+def totals(*terms: Float[Array, "*rows n"]) -> list[Float[Array, "*rows"]]:
+    """Sums arrays along the last axis, in one pass and without storing them; no derivative.
+
+    A row is summed in lanes: sums of their own would be a pass each, one running sum would wait for
+    every addition, and lose digits.
+    """
+    n = terms[0].shape[-1]
+    if n < 2 * _LANES:
+        return _reduced(terms, -1)
+    size = _LANES * min(n // _LANES, _LONGEST_SUM)
+    even = n // size * size
+    cut = [x[..., :even].reshape(*x.shape[:-1], -1, size // _LANES, _LANES) for x in terms]
+    sums = [jnp.sum(x, axis=(-2, -1)) for x in _reduced(cut, -2)]
+    if even == n:
+        return sums
+    rest = totals(*(x[..., even:] for x in terms))
+    return [a + b for a, b in zip(sums, rest, strict=True)]
+
+
+def _reduced(terms, axis: int) -> list[Array]:
+    zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
+    axis = terms[0].ndim + axis
+    return list(lax.reduce(tuple(terms), zeros, lambda a, b: tuple(map(jnp.add, a, b)), (axis,)))
+
+
+def _part(z: Float[Array, "*rows n"]) -> Float[Array, "*rows m"]:
+    """Takes the greatest of every so many scores: with its own root, a bound for the row's."""
+    n = z.shape[-1]
     if n < 8 * _STRIDE:
-        return jnp.max(y, axis=-1) - 1
+        return z
     even = n // _STRIDE * _STRIDE
-    part = jnp.max(y[..., :even].reshape(*y.shape[:-1], _STRIDE, -1), axis=-2)
+    part = jnp.max(z[..., :even].reshape(*z.shape[:-1], _STRIDE, -1), axis=-2)
     if even < n:
-        part = jnp.concatenate([part, y[..., even:]], axis=-1)
+        part = jnp.concatenate([part, z[..., even:]], axis=-1)
     # Or XLA reads the whole row again for the greatest.
-    part = lax.optimization_barrier(part)
-    shift = jnp.max(part, axis=-1) - 1
-    for _ in range(3):
-        total, slope = _sums(order, part, shift)
-        shift += (total - total ** (1 - 1 / order)) / jnp.where(slope > 0, slope, 1)
-    return shift
+    return lax.optimization_barrier(part)
 
 
-def _sums(order: float, y: Array, shift: Array) -> tuple[Array, Array]:
-    u = jnp.maximum(y - shift[..., None], 0)
-    lower = _power(u, order - 1)
-    return jnp.sum(lower * u, axis=-1), jnp.sum(lower, axis=-1)
+def _greatest(z: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
+    best = jnp.max(z, axis=-1)
+    return jnp.where(best == -jnp.inf, 0, best)
 
 
-def _power(u: Array, exponent: float) -> Array:
-    """Evaluates u^exponent for u >= 0, and 0 at u = 0 whatever the exponent."""
+def _inverse(total: Array) -> Array:
+    return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+
+
+def _shrunk(order: float, total: Array) -> Array:
+    """Evaluates total^(1 - 1/r)."""
+    if order == 1:
+        return jnp.minimum(total, 1)
+    return jnp.sqrt(total) if order == 2 else total ** (1 - 1 / order)
+
+
+def _power(x: Array, exponent: float) -> Array:
+    """Evaluates x^exponent for x >= 0, and 0 at x = 0 whatever the exponent."""
     if exponent == 0:
-        return (u > 0).astype(u.dtype)
+        return jnp.where(x > 0, 1, 0).astype(x.dtype)
     if exponent == int(exponent):
-        return u if exponent == 1 else lax.integer_pow(u, int(exponent))
-    alive = u > 0
-    return jnp.where(alive, jnp.exp(exponent * jnp.log(jnp.where(alive, u, 1))), 0)
+        return x if exponent == 1 else lax.integer_pow(x, int(exponent))
+    alive = x > 0
+    return jnp.where(alive, jnp.exp(exponent * jnp.log(jnp.where(alive, x, 1))), 0)

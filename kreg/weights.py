@@ -1,6 +1,7 @@
 r"""The one formula: p_j = [z_j - t]_+^r / sum_i [z_i - t]_+^r, with t from the rule."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kreg import rowwise
 from kreg.bandwidth import Adaptive, Cut, Nearest, Rows, Rule, from_relative_gap
 from kreg.deformed import powers
+from kreg.derivatives import differentiable
 from kreg.kernels import Kernel
 from kreg.threshold import THRESHOLD, norm
 
@@ -32,7 +34,7 @@ class Stats(NamedTuple):
 @jax.jit
 def weigh(
     scores: Float[Array, "*rows n"],
-    where: Bool[Array, "*#rows n"],
+    where: Bool[Array, "*#rows n"] | None,
     kernel: Kernel,
     rule: Rule,
     fixed: Float[Array, "*#rows 1"] | float = 0.0,
@@ -40,62 +42,66 @@ def weigh(
     r"""Weighs scores z = s/h^2 along the last axis.
 
     Args:
-        scores: z, finite where `where` is True, in float32 or wider.
-        where: admissible keys; a row without any gets weights 0.
+        scores: z in float32 or wider; may hold anything finite where `where` is False.
+        where: admissible keys, None for all whose score is not -inf; a row without any gets
+            weights 0.
         kernel: K_r.
         rule: where the row is cut.
         fixed: threshold that `Fixed` stands for.
     """
-    rows = _rows(scores, where)
     order = kernel.static_order
     plain = is_gaussian(kernel) and not isinstance(rule, Nearest)
-    if order is not None and (plain or (rowwise.takes(order) and isinstance(rule, Adaptive))):
-        weights, rho = _adaptive(order, scores, where)
-        cut = from_relative_gap(rho, jnp.asarray(kernel.excess, rho.dtype), rows)
-        _, alive = _raw_weights(rows, kernel, cut)
-    else:
-        cut = rule.cut(rows, kernel, jnp.asarray(fixed, scores.dtype))
-        raw, alive = _raw_weights(rows, kernel, cut)
-        weights = raw / _total(raw)
-    return weights, _stats(rows, kernel, rule, cut, alive)
+    fast = isinstance(rule, Adaptive) and rowwise.Powers.takes(order, Adaptive)
+    if order is not None and (plain or fast):
+        z = scores if where is None else jnp.where(where, scores, -jnp.inf)
+        weights, found = _entmax(order)(z, ())
+        return weights, row_stats(z, found.gap, kernel, Adaptive())
+    if where is None:
+        # NaN is not > -inf, and at an admissible entry it is the caller's.
+        where = (scores > -jnp.inf) | jnp.isnan(scores)
+    rows = _rows(jnp.where(where, scores, 0), where)
+    cut = rule.cut(rows, kernel, jnp.asarray(fixed, scores.dtype))
+    raw, alive = _raw_weights(rows, kernel, cut)
+    return raw / _total(raw), _stats(rows, kernel, rule, cut, alive)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _adaptive(
-    order: float, scores: Float[Array, "*rows n"], where: Bool[Array, "*#rows n"]
-) -> tuple[Float[Array, "*rows n"], Float[Array, "*rows 1"]]:
-    r"""Weighs by alpha-entmax of static order; also returns rho, for which no gradient is defined.
+def row_stats(
+    z: Float[Array, "*rows n"], gap: Float[Array, "*rows"], kernel: Kernel, rule: Rule
+) -> Stats:
+    """Stats of rows of scores, -inf where inadmissible, with gap = (best - t) / r.
+
+    A gap of 0 or less says that no key is within a fixed bandwidth.
+    """
+    where = z > -jnp.inf
+    rows = _rows(jnp.where(where, z, 0), where)
+    gap = jax.lax.stop_gradient(gap)[..., None]
+    cut = from_relative_gap(gap, jnp.asarray(kernel.excess, gap.dtype), rows)
+    alive = where if is_gaussian(kernel) else where & ((rows.depth > -cut.scale.gap) | (gap <= 0))
+    return _stats(rows, kernel, rule, cut, alive)
+
+
+@functools.cache
+def _entmax(order: float) -> Callable:
+    r"""Makes the function z -> (p, gap) of alpha-entmax of static order; gaps have no gradient.
 
     It is what the general path computes, with the derivative in one piece,
     $\dot p = u (\dot z - \langle u, \dot z \rangle / \sum u)$, $u = x^{r-1}$: half the work of
     differentiating the threshold and the powers one after the other.
     """
-    y, rows = _solved(order, scores, where)
-    return rowwise.weights(order, y, rows), _relative_gap(order, rows)
+    method = rowwise.Powers(order, Adaptive)
+
+    def forward(z, _):
+        rows = rowwise.Rows(*(checkpoint_name(x, THRESHOLD) for x in method.solve(z, None)))
+        return method.weights(z, rows, None), rows
+
+    def backward(z, _, rows, dp):
+        return method.linear(z, rows, None)[1](dp)[0]
+
+    return differentiable(functools.partial(_plain_entmax, order), forward, backward)
 
 
-@_adaptive.defjvp
-def _adaptive_jvp(order, primals, tangents):
-    y, rows = _solved(order, *primals)
-    weights, lower = rowwise.weights_and_slopes(order, y, rows)
-    mean = jnp.sum(lower * tangents[0], axis=-1, keepdims=True) * rows.slope[..., None]
-    change = lower * (tangents[0] - mean) * rows.scale[..., None]
-    rho = _relative_gap(order, rows)
-    return (weights, rho), (change, jnp.zeros_like(rho))
-
-
-def _solved(order, scores, where) -> tuple[Array, rowwise.Rows]:
-    """Measures scores from the row's best, in units of r, and finds the thresholds."""
-    unit = 1 if order == float("inf") else order
-    y = jnp.where(where, _rows(scores, where).depth / unit, rowwise.floor(scores.dtype))
-    rows = rowwise.solve(order, y)
-    return y, rowwise.Rows(*(checkpoint_name(x, THRESHOLD) for x in rows))
-
-
-def _relative_gap(order: float, rows: rowwise.Rows) -> Float[Array, "*rows 1"]:
-    """Gap over r between a row's best score and its threshold; 1 where there is none."""
-    gap = jnp.ones_like(rows.shift) if order == float("inf") else -rows.shift
-    return jnp.where(rows.scale > 0, gap, 1)[..., None]
+def _plain_entmax(order: float, z: Float[Array, "*rows n"], _) -> Float[Array, "*rows n"]:
+    return rowwise.weights_and_slopes(order, z, rowwise.solve(order, z))[0]
 
 
 def _total(raw: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:
