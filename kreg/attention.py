@@ -11,7 +11,7 @@ from kreg.bandwidth import Adaptive, Rule
 from kreg.canonical import Options, Segments, canonical
 from kreg.kernels import Kernel, biweight
 from kreg.masks import Mask
-from kreg.weights import Stats
+from kreg.stats import Stats
 
 
 # Options names every keyword; that it admits no others cannot be said before Python 3.15.

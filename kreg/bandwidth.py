@@ -26,6 +26,22 @@ class Rows(NamedTuple):
     where: Bool[Array, "*#rows n"]
     best: Float[Array, "*rows 1"]  # a constant for differentiation: weights do not depend on it
 
+    @classmethod
+    def of(
+        cls, scores: Float[Array, "*rows n"], where: Bool[Array, "*#rows n"] | None = None
+    ) -> "Rows":
+        """Measures scores from the row's best; those of -inf are inadmissible where None."""
+        if where is None:
+            # NaN is not > -inf, and at an admissible entry it is the caller's.
+            where = (scores > -jnp.inf) | jnp.isnan(scores)
+        scores = jnp.where(where, scores, 0)
+        floor = -(jnp.finfo(scores.dtype).max ** 0.5)
+        best = jnp.max(scores, axis=-1, keepdims=True, where=where, initial=-jnp.inf)
+        # Scores of +inf are the caller's; a row without keys has best -inf here.
+        best = jax.lax.stop_gradient(jnp.where(best == -jnp.inf, 0, best))
+        depth = jnp.where(where, jnp.maximum(scores - best, floor), floor)
+        return cls(depth, where, best)
+
 
 class Cut(NamedTuple):
     """A rule's answer for each row."""

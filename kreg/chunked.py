@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float
 
 from kreg import reference
 from kreg.problem import Problem
+from kreg.stats import Stats
 from kreg.threshold import THRESHOLD
-from kreg.weights import Stats
 
 # A block has at least this many queries, enough to keep a matrix product busy, and more where
 # keys are few: its scores then take about this many bytes.

@@ -20,6 +20,8 @@ from kreg import chunked, reference
 from kreg.bands import Block, blocks, reach
 from kreg.bandwidth import Fixed
 from kreg.derivatives import differentiable
+from kreg.general import General
+from kreg.kernels import Kernel
 from kreg.masks import Mask
 from kreg.places import (
     Local,
@@ -40,9 +42,9 @@ from kreg.places import (
     take_rows,
 )
 from kreg.problem import Problem
-from kreg.rowwise import Powers, Rows
+from kreg.rowwise import At, Powers, Rows
+from kreg.stats import Stats
 from kreg.threshold import THRESHOLD
-from kreg.weights import Stats, row_stats
 
 
 class Inputs(NamedTuple):
@@ -53,14 +55,13 @@ class Inputs(NamedTuple):
     value: Float[Array, "B S K V"]
     scale: Float[Array, "#B #T #N 1"]
     bias: Float[Array, "#B #N #T #S"] | None
-    at: Float[Array, "#B #N #T 1"] | None  # threshold of `Fixed`
+    at: At  # [#B, #N, #T, 1]
 
 
 def takes(problem: Problem) -> bool:
     """True where this path computes the problem."""
     return (
-        Powers.takes(problem.kernel.static_order, type(problem.rule))
-        and problem.soft_cap is None
+        problem.soft_cap is None
         and problem.null is None
         and (problem.bias is None or math.prod(jnp.shape(problem.rule.h)) == 1)
     )
@@ -76,12 +77,14 @@ def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats | None]:
     if bias is not None:
         seen = bias != -jnp.inf
         bias, mask = jnp.where(seen, bias, 0).astype(dtype) * squeeze, mask & Mask(seen)
-    at = squeeze - 0.5 if isinstance(problem.rule, Fixed) else None
-    inputs = Inputs(problem.query, problem.key, problem.value, scale, bias, at)
-    one = jnp.ones((1, 1, 1, 1), dtype)
-    rest = dataclasses.replace(
-        _emptied(problem), mask=mask, rule=type(problem.rule)(one), scale=one[0, 0, 0, 0]
+    at = At(
+        squeeze - 0.5 if _is_cut_at(problem) else None,
+        None if problem.kernel.is_static else jnp.asarray(problem.kernel.excess, dtype),
     )
+    inputs = Inputs(problem.query, problem.key, problem.value, scale, bias, at)
+    one = jnp.ones((), dtype)
+    rule = jax.tree.map(lambda _: one.reshape(1, 1, 1, 1), problem.rule)
+    rest = dataclasses.replace(_emptied(problem), mask=mask, rule=rule, scale=one)
     out, stats = _attend(inputs, rest)
     return out, None if stats is None else reference.certified(problem, stats)
 
@@ -103,15 +106,24 @@ def _without_dead(problem: Problem) -> Problem:
     )
 
 
-def _method(problem: Problem) -> Powers:
-    order = problem.kernel.static_order
-    assert order is not None
-    return Powers(order, type(problem.rule))
+def _method(problem: Problem) -> Powers | General:
+    """How rows are weighed."""
+    order, rule = problem.kernel.static_order, problem.rule
+    if order is not None and Powers.takes(order, type(rule)):
+        return Powers(order, type(rule))
+    return General(problem.kernel, rule)
+
+
+def _is_cut_at(problem: Problem) -> bool:
+    """True where the threshold is given."""
+    return isinstance(problem.rule, Fixed) and not problem.kernel.is_gaussian
 
 
 def _emptied(problem: Problem) -> Problem:
-    """Takes out what `Inputs` carries."""
+    """Takes out what `Inputs` carries; of an order that is an array only that it is one."""
     none: Any = None
+    if not problem.kernel.is_static:
+        problem = dataclasses.replace(problem, kernel=Kernel.tree_unflatten(None, (none,)))
     return dataclasses.replace(problem, query=none, key=none, value=none, bias=none)
 
 
@@ -123,8 +135,11 @@ def _filled(rest: Problem, inputs: Inputs) -> Problem:
 def _plain(inputs: Inputs, rest: Problem) -> Float[Array, "B T N V"]:
     """Computes the same with the chunked path, whose every derivative JAX can take."""
     inputs = inputs._replace(query=inputs.query.astype(rest.scale.dtype) * inputs.scale)
-    if inputs.at is not None:  # by moving the scores, for the rule's own threshold is 1/2
-        bias = 0.5 - inputs.at
+    threshold, excess = inputs.at
+    if excess is not None:
+        rest = dataclasses.replace(rest, kernel=Kernel.tree_unflatten(None, (excess,)))
+    if threshold is not None:  # by moving the scores, for the rule's own is 1/2
+        bias = 0.5 - threshold
         inputs = inputs._replace(bias=bias if inputs.bias is None else inputs.bias + bias)
     return chunked.attend(dataclasses.replace(_filled(rest, inputs), with_stats=False))[0]
 
@@ -142,9 +157,6 @@ def _forward(inputs: Inputs, rest: Problem):
     stats = _no_stats(shape) if rest.with_stats else None
     where = reach(problem, plan)
 
-    def found_stats(z, gap):
-        return row_stats(z, gap, rest.kernel, rest.rule)
-
     def group(place: Place, carry):
         local = Local.cut(problem, inputs.scale, place)
         at = cut_rows(inputs.at, place, share)
@@ -158,7 +170,7 @@ def _forward(inputs: Inputs, rest: Problem):
             o = _mix(p.reshape(p.shape[0], -1, p.shape[-1]), value, rest.precision)
             o = jnp.moveaxis(o.reshape(*p.shape[:3], -1), 2, 0)
             o = o.reshape(1, o.shape[0], -1, width).astype(out.dtype)
-            return nothing, (o, rows, None if stats is None else found_stats(z, rows.gap))
+            return nothing, (o, rows, None if stats is None else method.stats(z, rows, cut))
 
         def store(carry, found, block: Block, start, first):
             out, kept, stats = carry
@@ -217,8 +229,9 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
             dq = lax.dynamic_update_slice_in_dim(dq, part, start, axis=2)
             if dz is not None:
                 dbias = add_scores(dbias, dz, place, start, first, share)
-            if dat is not None:
-                dats = add_scores(dats, dat, place, start, 0, share)
+            dats = jax.tree.map(
+                lambda x, part: add_scores(x, part, place, start, 0, share), dats, dat
+            )
             return dq, dbias, dats
 
         carry_in = jnp.zeros_like(local.query), carry.bias, carry.at

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from kreg import chunked, fused, reference
 from kreg.problem import Problem
-from kreg.weights import Stats
+from kreg.stats import Stats
 
 # Scores of up to this many bytes are formed at once; larger problems go block by block. On CPU the
 # limits are about the sizes of caches, the smaller one where the blocks have a backward pass of

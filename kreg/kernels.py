@@ -96,6 +96,11 @@ class Kernel:
         return self._order is not None
 
     @property
+    def is_gaussian(self) -> bool:
+        """True where the kernel is known to be the Gaussian when the function is traced."""
+        return self._order == math.inf
+
+    @property
     def order(self) -> float | Array:
         """The exponent r."""
         return 1 / self._excess if self._order is None else self._order

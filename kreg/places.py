@@ -112,12 +112,14 @@ class Local:
     def part(self, block: Block, start, first) -> Problem:
         return self.problem.part(t=(start, block.rows), s=(first, block.keys))
 
-    def row_part(self, x: Float[Array, "#B #N #T 1"] | None, block: Block, start):
-        """Cuts [#k, #G, #C, 1] for a block from the place's part of an array of rows."""
-        if x is None:
-            return None
-        x = x if x.shape[2] == 1 else lax.dynamic_slice_in_dim(x, start, block.rows, axis=2)
-        return _by_group(x, *self.query.shape[:2])
+    def row_part(self, arrays, block: Block, start):
+        """Cuts [#k, #G, #C, 1] for a block from the place's part of arrays of rows."""
+
+        def cut(x):
+            x = x if x.shape[2] == 1 else lax.dynamic_slice_in_dim(x, start, block.rows, axis=2)
+            return _by_group(x, *self.query.shape[:2])
+
+        return jax.tree.map(cut, arrays)
 
     def dropped(
         self, p: Float[Array, "k G C L"], block: Block, start, first
@@ -215,15 +217,17 @@ def add_scores(into, part: Float[Array, "k G C L"], place: Place, start, first, 
     return add(into, part, tuple(0 if n == 1 else a for n, a in zip(into.shape, at, strict=True)))
 
 
-def cut_rows(x: Float[Array, "#B #N #T 1"] | None, place: Place, share: int):
-    """The place's part of an array of rows, [1, #n, #T, 1]."""
-    if x is None:
-        return None
-    if x.shape[0] > 1:
-        x = lax.dynamic_slice_in_dim(x, place.entry, 1, axis=0)
-    if x.shape[1] > 1:
-        x = lax.dynamic_slice_in_dim(x, place.first * share, place.count * share, axis=1)
-    return x
+def cut_rows(arrays, place: Place, share: int):
+    """The place's part of arrays of rows [#B, #N, #T, 1]: [1, #n, #T, 1]."""
+
+    def cut(x):
+        if x.shape[0] > 1:
+            x = lax.dynamic_slice_in_dim(x, place.entry, 1, axis=0)
+        if x.shape[1] > 1:
+            x = lax.dynamic_slice_in_dim(x, place.first * share, place.count * share, axis=1)
+        return x
+
+    return jax.tree.map(cut, arrays)
 
 
 def cut_scale(scale: Float[Array, "#B #T #N 1"], place: Place, share: int) -> Array:

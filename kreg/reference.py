@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, UInt32
 from kreg.bandwidth import Fixed
 from kreg.dropout import keep_mask
 from kreg.problem import Problem
-from kreg.weights import Stats, weigh
+from kreg.stats import Stats
+from kreg.weights import weigh
 
 _PIECE = 2048
 

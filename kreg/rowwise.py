@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kreg.bandwidth import Adaptive, Anchored, Fixed
+from kreg.bandwidth import Adaptive, Anchored, Fixed, from_relative_gap
+from kreg.bandwidth import Rows as Depths
+from kreg.kernels import Kernel
+from kreg.stats import Stats
 
 _LARGEST_ORDER = 8
 _MOST_STEPS = 100
@@ -40,11 +43,15 @@ class Rows(NamedTuple):
     scale: Float[Array, "*rows"]
 
 
-class Powers(NamedTuple):
-    """A static order and a rule's class: how rows of scores are weighed.
+class At(NamedTuple):
+    """What is given with the rows, [*#rows, 1] each: t for `Fixed`, 1/r where it is an array."""
 
-    `at` is the threshold t of `Fixed`, [*rows, 1]; None for the other rules.
-    """
+    threshold: Float[Array, "*#rows 1"] | None = None
+    excess: Float[Array, "*#rows 1"] | None = None
+
+
+class Powers(NamedTuple):
+    """A static order and a rule's class: how rows of scores are weighed."""
 
     order: float
     rule: type
@@ -55,24 +62,33 @@ class Powers(NamedTuple):
         known = order is not None and (order == math.inf or 1 <= order <= _LARGEST_ORDER)
         return known and rule in (Adaptive, Anchored, Fixed)
 
-    def solve(self, z: Float[Array, "*rows n"], at: Array | None) -> Rows:
+    def solve(self, z: Float[Array, "*rows n"], at: At) -> Rows:
         """Finds the gap of every row, and the sums at it."""
         if self.order == math.inf or self.rule is Adaptive:
             return solve(self.order, z)
         best = _greatest(z)
         gap = jnp.ones_like(best)
         if self.rule is Fixed:
-            gap = (best - jnp.broadcast_to(at, (*best.shape, 1))[..., 0]) / self.order
+            gap = (best - jnp.broadcast_to(_threshold(at), (*best.shape, 1))[..., 0]) / self.order
         return Rows(best, gap, _inverse(_sums(self.order, z, best, gap)[0]))
 
-    def weights(self, z: Float[Array, "*rows n"], rows: Rows, at: Array | None) -> Array:
+    def weights(self, z: Float[Array, "*rows n"], rows: Rows, at: At) -> Array:
         """Evaluates p."""
         return weights_and_slopes(self.order, z, rows)[0]
 
+    def stats(self, z: Float[Array, "*rows n"], rows: Rows, at: At) -> Stats:
+        """Threshold, support and certificate of every row."""
+        depths = Depths.of(z)
+        rule = Fixed(1.0) if self.rule is Fixed else self.rule()
+        excess = jnp.asarray(1 / self.order, z.dtype)
+        gap = lax.stop_gradient(rows.gap)[..., None]
+        cut = from_relative_gap(gap, excess, depths)
+        return Stats.of(depths, Kernel(self.order), rule, cut)
+
     def linear(
-        self, z: Float[Array, "*rows n"], rows: Rows, at: Array | None
-    ) -> tuple[Array, Callable[[Array], tuple[Array, Array | None]]]:
-        """Evaluates p, and makes the function from dp to dz and the gradient of `at`, by row."""
+        self, z: Float[Array, "*rows n"], rows: Rows, at: At
+    ) -> tuple[Array, Callable[[Array], tuple[Array, At]]]:
+        """Evaluates p, and makes the function from dp to dz and the gradients of `at`, by row."""
         p, lower = weights_and_slopes(self.order, z, rows)
 
         def pull(dp):
@@ -80,15 +96,15 @@ class Powers(NamedTuple):
             # Always more than one sum, or XLA stores what is summed.
             if self.order == math.inf or self.rule is Adaptive:
                 mean, total = lax.optimization_barrier(totals(lower * dp, lower))
-                return lower * (dp - (mean * _inverse(total))[..., None]) * scale, None
+                return lower * (dp - (mean * _inverse(total))[..., None]) * scale, At()
             mean, away, total = (x[..., None] for x in totals(p * dp, lower * dp, lower))
             # Equal weights do not move with the scores.
             scale = jnp.where(rows.gap[..., None] > 0, scale, 0)
             dz, away = lower * (dp - mean) * scale, (away - mean * total) * scale
             if self.rule is Fixed:
-                return dz, -away
+                return dz, At(-away)
             keys = lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
-            return dz - jnp.where(keys == jnp.argmax(z, axis=-1)[..., None], away, 0), None
+            return dz - jnp.where(keys == jnp.argmax(z, axis=-1)[..., None], away, 0), At()
 
         return p, pull
 
@@ -215,6 +231,11 @@ def _part(z: Float[Array, "*rows n"]) -> Float[Array, "*rows m"]:
 def _greatest(z: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
     best = jnp.max(z, axis=-1)
     return jnp.where(best == -jnp.inf, 0, best)
+
+
+def _threshold(at: At) -> Array:
+    assert at.threshold is not None
+    return at.threshold
 
 
 def _inverse(total: Array) -> Array:

@@ -100,17 +100,36 @@ def _safeguarded(kernel, depth, excess, rho, low, high):
 
 @relative_gap.defjvp
 def _relative_gap_jvp(order, primals, tangents):
-    depth, excess = primals
-    ddepth, dexcess = tangents
-    rho = checkpoint_name(relative_gap(order, depth, excess), THRESHOLD)
+    rho = checkpoint_name(relative_gap(order, *primals), THRESHOLD)
+    return rho, _change(order, *primals, rho, *tangents)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def known_gap(
+    order: float | None,
+    depth: Float[Array, "*rows n"],
+    excess: Float[Array, "*#rows 1"],
+    rho: Float[Array, "*rows 1"],
+) -> Float[Array, "*rows 1"]:
+    """Returns rho, found before, as the function of depths and excess that it is."""
+    return rho
+
+
+@known_gap.defjvp
+def _known_gap_jvp(order, primals, tangents):
+    return primals[-1], _change(order, *primals, *tangents[:2])
+
+
+def _change(order, depth, excess, rho, ddepth, dexcess) -> Float[Array, "*rows 1"]:
+    """How rho changes, by the implicit function theorem."""
     kernel = _kernel(order, excess)
     power, lower = powers(kernel, relative_scale(rho, excess), depth)
-    # Implicit function theorem; u is the derivative of the powers, scaled to have sum 1.
+    # u is the derivative of the powers, scaled to have sum 1.
     slope = jnp.sum(lower, axis=-1, keepdims=True)
     u = lower / jnp.where(slope > 0, slope, 1)
     drho = -excess * jnp.sum(u * ddepth, axis=-1, keepdims=True)
     if kernel.is_static:
-        return rho, drho
+        return drho
     total = jnp.sum(power, axis=-1, keepdims=True)
     total = jnp.where(total > 0, total, 1)
     reach = excess / rho
@@ -120,7 +139,7 @@ def _relative_gap_jvp(order, primals, tangents):
     entropy = jnp.log(total) - jnp.sum(power / total * logs, axis=-1, keepdims=True)
     # u per unit of x, where x = rho (1 + b d) and the powers sum to 1 at the root.
     per_x = jnp.where(slope > 0, slope, 1) / (total * rho)
-    return rho, drho - (jnp.sum(u * safe, axis=-1, keepdims=True) + entropy / per_x) * dexcess
+    return drho - (jnp.sum(u * safe, axis=-1, keepdims=True) + entropy / per_x) * dexcess
 
 
 def _kernel(order: float | None, excess: Array) -> Kernel:
