@@ -108,10 +108,8 @@ def _without_dead(problem: Problem) -> Problem:
 
 def _method(problem: Problem) -> Powers | General:
     """How rows are weighed."""
-    order, rule = problem.kernel.static_order, problem.rule
-    if order is not None and Powers.takes(order, type(rule)):
-        return Powers(order, type(rule))
-    return General(problem.kernel, rule)
+    powers = Powers.of(problem.kernel, problem.rule)
+    return General(problem.kernel, problem.rule) if powers is None else powers
 
 
 def _is_cut_at(problem: Problem) -> bool:

@@ -16,15 +16,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kreg.bandwidth import Adaptive, Anchored, Fixed, from_relative_gap
+from kreg.bandwidth import Adaptive, Anchored, Fixed, Rule, from_relative_gap
 from kreg.bandwidth import Rows as Depths
 from kreg.kernels import Kernel
 from kreg.stats import Stats
+from kreg.threshold import strided
 
 _LARGEST_ORDER = 8
 _MOST_STEPS = 100
-# Newton's method starts on the greatest of every so many scores, a part of the row.
-_STRIDE = 8
 # Columns that are summed side by side, and how many of them into one number.
 _LANES = 64
 _LONGEST_SUM = 32
@@ -57,10 +56,12 @@ class Powers(NamedTuple):
     rule: type
 
     @classmethod
-    def takes(cls, order: float | None, rule: type) -> bool:
-        """True for what is done here; powers of greater orders are formed from logarithms."""
-        known = order is not None and (order == math.inf or 1 <= order <= _LARGEST_ORDER)
-        return known and rule in (Adaptive, Anchored, Fixed)
+    def of(cls, kernel: Kernel, rule: Rule) -> "Powers | None":
+        """None for what is not done here; powers of greater orders are formed from logarithms."""
+        order = kernel.static_order
+        if order is None or not (order == math.inf or 1 <= order <= _LARGEST_ORDER):
+            return None
+        return cls(order, type(rule)) if type(rule) in (Adaptive, Anchored, Fixed) else None
 
     def solve(self, z: Float[Array, "*rows n"], at: At) -> Rows:
         """Finds the gap of every row, and the sums at it."""
@@ -112,7 +113,7 @@ class Powers(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def solve(order: float, z: Float[Array, "*rows n"]) -> Rows:
     """Finds the gaps at which the powers of every row sum to 1: alpha-entmax."""
-    part = _part(z)
+    part = strided(z)
     best = _greatest(part)
     gap = jnp.ones_like(best)
     if order == math.inf:
@@ -213,19 +214,6 @@ def _reduced(terms, axis: int) -> list[Array]:
     zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
     axis = terms[0].ndim + axis
     return list(lax.reduce(tuple(terms), zeros, lambda a, b: tuple(map(jnp.add, a, b)), (axis,)))
-
-
-def _part(z: Float[Array, "*rows n"]) -> Float[Array, "*rows m"]:
-    """Takes the greatest of every so many scores: with its own root, a bound for the row's."""
-    n = z.shape[-1]
-    if n < 8 * _STRIDE:
-        return z
-    even = n // _STRIDE * _STRIDE
-    part = jnp.max(z[..., :even].reshape(*z.shape[:-1], _STRIDE, -1), axis=-2)
-    if even < n:
-        part = jnp.concatenate([part, z[..., even:]], axis=-1)
-    # Or XLA reads the whole row again for the greatest.
-    return lax.optimization_barrier(part)
 
 
 def _greatest(z: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from kreg import rowwise
-from kreg.bandwidth import Adaptive, Cut, Nearest, Rows, Rule
+from kreg.bandwidth import Adaptive, Cut, Rows, Rule
 from kreg.deformed import powers
 from kreg.derivatives import differentiable
 from kreg.kernels import Kernel
@@ -36,13 +36,11 @@ def weigh(
         rule: where the row is cut.
         fixed: threshold that `Fixed` stands for.
     """
-    order = kernel.static_order
-    plain = kernel.is_gaussian and not isinstance(rule, Nearest)
-    fast = isinstance(rule, Adaptive) and rowwise.Powers.takes(order, Adaptive)
-    if order is not None and (plain or fast):
+    powers = rowwise.Powers.of(kernel, rule)
+    if powers is not None and (kernel.is_gaussian or powers.rule is Adaptive):
         z = scores if where is None else jnp.where(where, scores, -jnp.inf)
-        weights, found = _entmax(order)(z, ())
-        return weights, rowwise.Powers(order, Adaptive).stats(z, found, rowwise.At())
+        weights, found = _entmax(powers.order)(z, ())
+        return weights, powers.stats(z, found, rowwise.At())
     rows = Rows.of(scores, where)
     weights, cut, alive = weigh_depths(rows, kernel, rule, jnp.asarray(fixed, scores.dtype))
     return weights, Stats.of(rows, kernel, rule, cut, alive)
