@@ -10,29 +10,34 @@ It rests on two linear maps, y' = J x' and x' = J^T y', each the other's transpo
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
-def differentiable(plain: Callable, forward: Callable, backward: Callable) -> Callable:
+def differentiable(
+    plain: Callable, forward: Callable, backward: Callable, one_by_one: bool = False
+) -> Callable:
     """Joins a plain function, a faster one and its backward pass.
 
     Args:
         plain: (x, rest) -> y, one array; x a tree of float arrays, rest a tree without gradients.
         forward: (x, rest) -> (y, kept), the same y and a tree for the backward pass.
         backward: (x, rest, kept, dy) -> dx, a tree like x.
+        one_by_one: whether vmap runs the fast functions one after the other, for loops that skip
+            work: side by side they would skip only what all of them do.
 
     Returns:
         (x, rest) -> (y, kept); no gradient passes through kept. The three functions are compared by
         identity where compiled code is cached: give functions that live as long as the module.
     """
-    functions = (plain, backward)
+    functions = (plain, _OneByOne(backward) if one_by_one else backward)
+    run = jax.custom_batching.sequential_vmap(forward) if one_by_one else forward
 
     def call(x, rest):
-        y, kept = jax.lax.stop_gradient(forward(*jax.lax.stop_gradient((x, rest))))
+        y, kept = jax.lax.stop_gradient(run(*jax.lax.stop_gradient((x, rest))))
         leaves, tree = jax.tree.flatten((x, rest, kept))
         return _attach(functions, tree, len(jax.tree.leaves(x)), y, *leaves), kept
 
@@ -187,9 +192,28 @@ def _over(function: Callable, axes: tuple) -> Callable:
         def one(*leaves):
             return function(*jax.tree.unflatten(tree, leaves))
 
-        return jax.vmap(one, places)(*leaves)
+        if not isinstance(function, _OneByOne):
+            return jax.vmap(one, places)(*leaves)
+        moving = [x for x, at in zip(leaves, places, strict=True) if at is not None]
 
-    return mapped
+        def next_one(moved):
+            moved = iter(moved)
+            return one(
+                *(x if at is None else next(moved) for x, at in zip(leaves, places, strict=True))
+            )
+
+        return jax.lax.map(next_one, moving)
+
+    return _OneByOne(mapped) if isinstance(function, _OneByOne) else mapped
+
+
+class _OneByOne(NamedTuple):
+    """A function that vmap calls once for each entry."""
+
+    function: Callable
+
+    def __call__(self, *arguments):
+        return self.function(*arguments)
 
 
 _compiled = functools.partial(jax.jit, static_argnames=("functions", "tree", "count", "out"))

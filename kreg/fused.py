@@ -250,7 +250,7 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
     return over_groups(problem, group, change)
 
 
-_call = differentiable(_plain, _forward, _backward)
+_call = differentiable(_plain, _forward, _backward, one_by_one=True)
 
 
 def _attend(inputs: Inputs, rest: Problem) -> tuple[Float[Array, "B T N V"], Stats | None]:
