@@ -1,9 +1,10 @@
 """Which blocks of queries meet which keys, from the part of a mask that is known when tracing."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from kreg.problem import Problem
 from kreg.rowwise import Powers
@@ -22,6 +23,7 @@ _FEW_BLOCKS = 3
 _TILE = 128
 _PARTS = 8
 _SHARES = (1, 2, 4, 6, 8)
+_NARROW = (2,)
 
 
 class Block(NamedTuple):
@@ -72,7 +74,7 @@ def blocks(problem: Problem) -> list[Block]:
     )
     static = problem.mask.is_static
     if not static and problem.bias is None and keys >= _PARTS * _TILE:
-        return _searching(queries, rows, keys)
+        return _searching(0, queries, rows, keys, _SHARES)
     first = 0 if upper is None else min(max(0, -upper), queries)
     stop = queries if lower is None else max(min(queries, keys - lower), first)
     if lower is not None and upper is not None:
@@ -104,15 +106,51 @@ def _runs(start: int, stop: int, rows: int) -> list[tuple[int, int, int]]:
     return [run for run in runs if run[1] and run[2]]
 
 
-def _searching(queries: int, rows: int, keys: int) -> list[Block]:
+def _searching(start: int, stop: int, rows: int, keys: int, shares) -> list[Block]:
     """Plans blocks that look, when running, where their keys are: packing, padding, prefixes."""
-    widths = tuple(sorted({-(-keys * i // _PARTS) for i in _SHARES}))
-    runs = _runs(0, queries, rows)
+    widths = tuple(sorted({-(-keys * i // _PARTS) for i in shares}))
+    runs = _runs(start, stop, rows)
     return [Block(*run, 0, keys, False, 0, ((0, keys),), widths) for run in runs]
 
 
-def reach(problem: Problem, plan: list[Block]) -> tuple[Array, Array] | None:
-    """First key, and keys from there on, that hold all that each block sees: [#B, blocks] each."""
+def narrow(problem: Problem, plan: list[Block]) -> list[Block] | None:
+    """Plans the backward pass of the same queries for heads that gave weight to few keys.
+
+    Only these keys have a part in it. None where they are not looked for: for short rows, for
+    windows and for the Gaussian.
+    """
+    powers = Powers.of(problem.kernel, problem.rule)
+    keys = problem.sizes["s"]
+    dense = powers is None or powers.order == math.inf
+    if not plan or dense or plan[0].slides or keys < 2 * _PARTS * _TILE:
+        return None
+    stop = plan[-1].start + plan[-1].rows * plan[-1].count
+    return _searching(plan[0].start, stop, plan[0].rows, keys, _NARROW)
+
+
+def fits(plan: list[Block], found: Int[Array, "2 B K I"], entry, head) -> Bool[Array, ""]:
+    """True where the plan's widths hold all keys that a place's blocks gave weight."""
+    return jnp.all(found[1, entry, head] <= plan[0].widths[-1])
+
+
+def span(p: Float[Array, "k G C L"], first, keys: int) -> Int[Array, "2"]:
+    """First key, and keys from there on, in whole tiles, that hold all with weight."""
+    live = jnp.max(p, axis=(0, 1, 2)) > 0
+    low = (first + jnp.argmax(live)) // _TILE * _TILE
+    end = first + live.size - jnp.argmax(live[::-1])
+    high = jnp.minimum(-(-end // _TILE) * _TILE, keys)
+    return jnp.where(jnp.any(live), jnp.stack([low, high - low]), 0)
+
+
+def spans(problem: Problem, plan: list[Block]) -> Int[Array, "2 B K I"]:
+    """What `span` finds goes here, by batch entry, first key head of a place, and block."""
+    sizes = problem.sizes
+    blocks = 1 if not plan else -(-sizes["t"] // plan[0].rows) + 1
+    return jnp.zeros((2, sizes["b"], sizes["k"], blocks), jnp.int32)
+
+
+def reach(problem: Problem, plan: list[Block]) -> Int[Array, "2 #B 1 I"] | None:
+    """First key, and keys from there on, that hold all that each block sees."""
     if not plan or not plan[0].widths:
         return None
     sizes = problem.sizes
@@ -122,7 +160,7 @@ def reach(problem: Problem, plan: list[Block]) -> tuple[Array, Array] | None:
     first = jnp.argmax(live, axis=-1)
     last = count - 1 - jnp.argmax(live[..., ::-1], axis=-1)
     low, high = first * _TILE, jnp.minimum((last + 1) * _TILE, sizes["s"])
-    return low, jnp.where(jnp.any(live, axis=-1), high - low, 0)
+    return jnp.stack([low, jnp.where(jnp.any(live, axis=-1), high - low, 0)])[:, :, None]
 
 
 def _sliding(first: int, stop: int, rows: int, lower: int, span: int, keys: int) -> list[Block]:

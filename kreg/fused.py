@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kreg import chunked, reference
-from kreg.bands import Block, blocks, reach
+from kreg.bands import Block, blocks, fits, narrow, reach, span, spans
 from kreg.bandwidth import Fixed
 from kreg.derivatives import differentiable
 from kreg.general import General
@@ -154,6 +154,7 @@ def _forward(inputs: Inputs, rest: Problem):
     kept = jnp.zeros((len(Rows._fields), *shape), dtype)
     stats = _no_stats(shape) if rest.with_stats else None
     where = reach(problem, plan)
+    searches = narrow(problem, plan) is not None
 
     def group(place: Place, carry):
         local = Local.cut(problem, inputs.scale, place)
@@ -163,34 +164,41 @@ def _forward(inputs: Inputs, rest: Problem):
             z = local.scores(block, start, first)
             cut = local.row_part(at, block, start)
             rows = method.solve(z, cut)
-            p = local.dropped(method.weights(z, rows, cut), block, start, first)
+            p = method.weights(z, rows, cut)
+            seen = span(p, first, problem.sizes["s"]) if searches else None
+            p = local.dropped(p, block, start, first)
             value = along(local.value, 1, first, block.keys)
             o = _mix(p.reshape(p.shape[0], -1, p.shape[-1]), value, rest.precision)
             o = jnp.moveaxis(o.reshape(*p.shape[:3], -1), 2, 0)
             o = o.reshape(1, o.shape[0], -1, width).astype(out.dtype)
-            return nothing, (o, rows, None if stats is None else method.stats(z, rows, cut))
+            found = None if stats is None else method.stats(z, rows, cut)
+            return nothing, (o, rows, seen, found)
 
         def store(carry, found, block: Block, start, first):
-            out, kept, stats = carry
-            o, rows, new = found
+            out, kept, live, stats = carry
+            o, rows, seen, new = found
             out = lax.dynamic_update_slice(out, o, (place.entry, start, place.first * share, 0))
             kept = put_rows(kept, rows, place, start)
-            return out, kept, stats if new is None else put_rows(stats, new, place, start)
+            if seen is not None:
+                at_block = (0, place.entry, place.first, start // plan[0].rows)
+                live = lax.dynamic_update_slice(live, seen[:, None, None, None], at_block)
+            return out, kept, live, stats if new is None else put_rows(stats, new, place, start)
 
         return over_blocks(plan, where, place, average, store, carry, ())[0]
 
-    out, kept, stats = over_groups(problem, group, (out, kept, stats))
-    return out, (checkpoint_name(kept, THRESHOLD), stats)
+    carry = out, kept, spans(problem, plan), stats
+    out, kept, live, stats = over_groups(problem, group, carry)
+    return out, (*checkpoint_name((kept, live), THRESHOLD), stats)
 
 
 def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"]) -> Inputs:
     problem = _filled(rest, inputs)
-    kept, _ = saved
+    kept, live, _ = saved
     method, dtype, precision = _method(rest), rest.scale.dtype, rest.precision
     share = inputs.query.shape[2] // inputs.key.shape[2]
-    plan = blocks(problem)
     change = jax.tree.map(jnp.zeros_like, inputs)
-    where = reach(problem, plan)
+    plan = blocks(problem)
+    where, few = reach(problem, plan), narrow(problem, plan)
 
     def group(place: Place, carry: Inputs) -> Inputs:
         local = Local.cut(problem, inputs.scale, place)
@@ -233,7 +241,18 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
             return dq, dbias, dats
 
         carry_in = jnp.zeros_like(local.query), carry.bias, carry.at
-        found = over_blocks(plan, where, place, pull, store, carry_in, (dk, dv))
+
+        def run(plan, where):
+            return over_blocks(plan, where, place, pull, store, carry_in, (dk, dv))
+
+        if few is None:
+            found = run(plan, where)
+        else:
+            found = lax.cond(
+                fits(few, live, place.entry, place.first),
+                lambda: run(few, live),
+                lambda: run(plan, where),
+            )
         (dq, dbias, dats), (dk, dv) = found
         plain = queries_first(local.problem.query[0], share).astype(dtype)
         dscale = add_scale(carry.scale, dq * plain, place, share)
@@ -254,7 +273,7 @@ _call = differentiable(_plain, _forward, _backward, one_by_one=True)
 
 
 def _attend(inputs: Inputs, rest: Problem) -> tuple[Float[Array, "B T N V"], Stats | None]:
-    out, (_, stats) = _call(inputs, rest)
+    out, (*_, stats) = _call(inputs, rest)
     if stats is None:
         return out, None
     threshold, support, residual = jnp.moveaxis(stats, -1, 2).reshape(3, *out.shape[:3])

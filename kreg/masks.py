@@ -212,8 +212,9 @@ class Mask:
 
     def tree_flatten(self):
         values = {name: getattr(self, name) for name in _RANGES}
-        static = tuple((k, v) for k, v in values.items() if isinstance(v, int))
-        arrays = {k: None if isinstance(v, int) else v for k, v in values.items()}
+        # Leaves may be anything while JAX transforms a tree, booleans too.
+        static = tuple((k, v) for k, v in values.items() if type(v) is int)
+        arrays = {k: None if type(v) is int else v for k, v in values.items()}
         return (self.array, tuple(arrays.values()), self.segments), static
 
     @classmethod

@@ -42,7 +42,7 @@ def over_blocks(plan: list[Block], where, place: Place, compute, store, carry, s
     """Computes and stores block by block; barriers keep blocks apart, and memory small.
 
     compute: (block, start, first, sums) -> (sums, found); store: (carry, found, block, start,
-    first) -> carry. `where` is what `reach` found.
+    first) -> carry. `where` is what `reach` or `span` found.
     """
 
     def one(state, block: Block, start):
@@ -72,7 +72,10 @@ def over_blocks(plan: list[Block], where, place: Place, compute, store, carry, s
 def _searched(plan, where, place: Place, compute, block: Block, start, sums):
     """Computes a block with the narrowest width that holds all of its keys."""
     number = start // plan[0].rows
-    low, need = (x[place.entry if x.shape[0] > 1 else 0, number] for x in where)
+    entry, head = (
+        i if n > 1 else 0 for i, n in zip((place.entry, place.first), where.shape[1:3], strict=True)
+    )
+    low, need = where[0, entry, head, number], where[1, entry, head, number]
     widths = jnp.asarray(block.widths)
     choice = jnp.sum(need > widths)
     first = jnp.minimum(low, block.keys - widths[choice])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kreg
-from kreg import fused
+from kreg import bands, fused
 from kreg.bands import blocks, reach
 from kreg.canonical import canonical
 
@@ -135,3 +135,56 @@ def test_one_compilation_for_all_values_of_h_and_of_masks():
     for h, length in ((0.5, 3), (1.0, 900)):
         run(jnp.full((1, N, 1, 1), h), jnp.full(B, length))
     assert len(traced) == 1
+
+
+def test_spans_hold_every_key_with_weight():
+    """Exhaustively: all places of one or two keys with weight, wherever the block's keys begin."""
+    keys, width = 700, 300
+    found = jax.jit(jax.vmap(lambda p, first: bands.span(p, first, keys)))
+    pairs = np.stack(np.triu_indices(width), axis=1)
+    for first in (0, 1, 127, 128, 400):
+        p = np.zeros((len(pairs), 1, 1, 2, width), np.float32)
+        p[np.arange(len(pairs)), 0, 0, 0, pairs[:, 0]] = 1e-30
+        p[np.arange(len(pairs)), 0, 0, 1, pairs[:, 1]] = 1
+        low, need = np.asarray(found(p, np.full(len(pairs), first))).T
+        assert np.all(low <= first + pairs.min(1)) and np.all(first + pairs.max(1) < low + need)
+        assert np.all(low % 128 == 0) and np.all(low + need <= keys)
+        assert np.all(need <= pairs.max(1) - pairs.min(1) + 256)
+    assert np.all(np.asarray(found(0 * p[:1], np.array([5]))) == 0)
+
+
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_backward_passes_leave_out_keys_without_weight(causal):
+    """Scores that favour near keys: one head's blocks need a quarter of the keys, the other's all."""
+    queries, keys = 600, 2200
+    angles = jnp.outer(jnp.arange(keys) / keys, jnp.linspace(4, 120, 8))
+    near = 3 * jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)[None, :, None]
+    far = jax.random.normal(jax.random.key(0), (1, queries, 1, 16))
+    key = jnp.concatenate([near, near], axis=2)
+    inputs = jnp.concatenate([near[:, :queries], far], axis=2), key, key[..., :5]
+    cotangent = jax.random.normal(jax.random.key(1), (1, queries, 2, 5))
+    offset = {"is_causal": True, "causal_offset": keys - queries} if causal else {}
+
+    def run(implementation):
+        def call(*inputs):
+            return kreg.attention(*inputs, scale=1.0, implementation=implementation, **offset)
+
+        out, pull = jax.vjp(call, *inputs)
+        return out, *pull(cotangent)
+
+    got, want = (jax.jit(run, static_argnums=0)(i) for i in ("xla", "reference"))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=3e-5 * max(1, np.abs(y).max()))
+    # What the choice rests on, worked out from the weights.
+    given = canonical(*inputs, scale=1.0, **offset)
+    plan = bands.narrow(given, blocks(given))
+    where = np.tril(np.ones((queries, keys), bool), keys - queries) if causal else None
+    weights = kreg.entmax15(jnp.einsum("btnh,bsnh->nts", *inputs[:2]), where=where)
+    fits = [reached(w, plan[0].rows) <= plan[0].widths[-1] for w in np.asarray(weights)]
+    assert fits == [True, False]
+
+
+def reached(weights, rows):
+    """The most keys, in whole tiles of 128, that a block of queries reaches over."""
+    seen = [np.flatnonzero(w.any(0)) // 128 for w in np.split(weights, range(rows, 600, rows))]
+    return max(128 * (x[-1] + 1 - x[0]) for x in seen)
