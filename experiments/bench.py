@@ -7,10 +7,13 @@ slows all of them; what counts is the ratio. PyTorch and entmax take part where 
 
 import argparse
 import importlib.util
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +89,10 @@ def main(options: Options) -> None:
     name = f"rows {options.rows[0]} x {options.rows[1]}"
     comparisons[name] = run(maps(options.rows), options.rounds)
     show(name, comparisons[name])
-    write_json(options.out / "bench.json", describe() | {"method": METHOD, "results": comparisons})
+    peers = {name: metadata.version(name) for name in ("torch", "entmax") if optional(name)}
+    machine = {"cores": os.cpu_count(), "processor": processor(), "peers": peers}
+    found = describe() | machine | {"method": METHOD, "results": comparisons}
+    write_json(options.out / "bench.json", found)
     (options.out / "bench.md").write_text(markdown(comparisons))
     print(f"written: {options.out / 'bench.json'}, {options.out / 'bench.md'}")
 
@@ -107,6 +113,10 @@ def attention(options: Options, length: int) -> dict[str, Contestant]:
             return kreg.attention(q, k, v, kernel=kernel, is_causal=True)
 
         found[f"kreg {name}"] = compiled(attend, arrays)
+    relumax = {"kernel": kreg.epanechnikov, "bandwidth": kreg.Anchored()}
+    found["kreg relumax"] = compiled(
+        lambda q, k, v: kreg.attention(q, k, v, is_causal=True, **relumax), arrays
+    )
     alpha = kreg.Kernel.from_alpha(jnp.asarray(1.37))
     found["kreg traced alpha 1.37"] = compiled(
         lambda q, k, v, kernel: kreg.attention(q, k, v, kernel=kernel, is_causal=True),
@@ -252,6 +262,14 @@ def markdown(comparisons: dict[str, Any]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def processor() -> str:
+    """Name the processor, where Linux says."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def show(title: str, results: dict[str, Any]) -> None:

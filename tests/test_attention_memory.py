@@ -1,4 +1,4 @@
-"""The xla implementation in linear memory: what the executable asks for, 1k to 8k positions."""
+"""The xla implementation in linear memory: what the executable asks for, 1k to 32k positions."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import pytest
 
 import kreg
 
-LENGTHS = (1024, 2048, 4096, 8192)
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def temporary_bytes(length: int, mode: str, implementation: str, cell: dict) -> int:

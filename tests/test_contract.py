@@ -1,8 +1,9 @@
 """The contract: what every implementation of attention promises, on drawn masks and values.
 
-Structures (shape, kernel, rule, static options) over twelve shapes are compiled once each; Hypothesis draws
-what goes into them: masks of every kind at once, adversarial scores, biases. The oracle is float64
-NumPy with a sort and does not know how kreg looks for thresholds. KREG_CASES: how many cases.
+Structures (shape, kernel, rule, static options) over twelve shapes are compiled once each;
+Hypothesis draws what goes into them: masks of every kind at once, adversarial scores, biases. The
+oracle is float64 NumPy with a sort and does not know how kreg looks for thresholds. KREG_CASES: how
+many cases.
 """
 
 import functools

@@ -155,7 +155,7 @@ def test_spans_hold_every_key_with_weight():
 
 @pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_backward_passes_leave_out_keys_without_weight(causal):
-    """Scores that favour near keys: one head's blocks need a quarter of the keys, the other's all."""
+    """Scores that favour near keys: one head's blocks need a quarter of the keys, one's all."""
     queries, keys = 600, 2200
     angles = jnp.outer(jnp.arange(keys) / keys, jnp.linspace(4, 120, 8))
     near = 3 * jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)[None, :, None]
