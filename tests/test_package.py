@@ -1,6 +1,8 @@
 """The package from outside: its names, what importing it brings along, its layers, its wheel."""
 
 import ast
+import importlib
+import inspect
 import json
 import pkgutil
 import subprocess
@@ -151,6 +153,24 @@ def test_public_names():
 def test_version():
     text = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {kreg.__version__}\n" in text
+
+
+@pytest.mark.parametrize("name", ["kreg", "kreg.nn", "kreg.training"])
+def test_docstrings(name):
+    found = vars(importlib.import_module(name)).items()
+    names = {key: x for key, x in found if not key.startswith("_")}
+    public = {key: x for key, x in names.items() if not isinstance(x, types.ModuleType)}
+    # Not inspect.getdoc, which gives a class without a docstring that of its base.
+    assert [key for key, x in public.items() if ">>>" not in (x.__doc__ or "")] == []
+    members = [
+        (f"{key}.{member}", inspect.getdoc(getattr(owner, member)))
+        for key, owner in public.items()
+        if isinstance(owner, type)
+        for member, x in vars(owner).items()
+        if not member.startswith("_") and member not in ("tree_flatten", "tree_unflatten")
+        if inspect.isroutine(x) or isinstance(x, property)
+    ]
+    assert [member for member, text in members if not text] == []
 
 
 @pytest.mark.core

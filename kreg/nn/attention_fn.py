@@ -85,7 +85,19 @@ def attention_fn(
 
 @dataclasses.dataclass(frozen=True)
 class AttentionFn:
-    """What `attention_fn` returns; no pytree, so that a layer holds it as it holds a function."""
+    """What `attention_fn` returns; no pytree, so that a layer holds it as it holds a function.
+
+    Maps queries [*B, T, N, H], keys [*B, S, K, H] and values [*B, S, K, V] to [*B, T, N, V].
+    Two are equal if kernel, rule object and numbers are.
+
+    Examples:
+      >>> function = attention_fn(kreg.biweight)
+      >>> x = jnp.ones((2, 5, 4, 8))
+      >>> function(x, x, x, is_causal=True).shape
+      (2, 5, 4, 8)
+      >>> function == attention_fn(kreg.gaussian)
+      False
+    """
 
     kernel: kreg.Kernel
     bandwidth: Rule

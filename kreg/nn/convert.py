@@ -25,6 +25,15 @@ def from_torch(config: MosaicConfig, state: Mapping[str, Any]) -> MemoryMosaic:
 
     Raises:
       ValueError: names that are missing or unknown, or a shape that does not fit the configuration.
+
+    Examples:
+      >>> import kreg.nn
+      >>> config = kreg.nn.MosaicConfig(7, 1, 2, 8, 3, contextual_only=True)
+      >>> model = nnx.jit(lambda: kreg.nn.MemoryMosaic(config, rngs=nnx.Rngs(0)))()
+      >>> state = kreg.nn.to_torch(model)
+      >>> model = kreg.nn.from_torch(config, state)
+      >>> bool((model.embedding[...] == state["emb.weight"]).all())
+      True
     """
     state = {name: np.asarray(array) for name, array in state.items()}
     if any(name.startswith("mosaic.") for name in state):
@@ -37,6 +46,13 @@ def to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
 
     Takes a `MemoryMosaic`, a `ContextualMemory` or a `PersistentMemory`. The inverse of
     `from_torch`, bit for bit.
+
+    Examples:
+      >>> import kreg.nn
+      >>> config = kreg.nn.MosaicConfig(7, num_layers=1, num_heads=2, embed_dim=8, memory_size=3)
+      >>> state = kreg.nn.to_torch(kreg.nn.PersistentMemory(config, rngs=nnx.Rngs(0)))
+      >>> state["c_proj.weight"].shape, state["pmem.M_k0"].shape
+      ((8, 8), (1, 2, 3, 4))
     """
     found: dict[str, np.ndarray] = {}
     for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):

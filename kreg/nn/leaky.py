@@ -132,6 +132,15 @@ class LeakyAverage(nnx.Module):
 
     `normalised` divides by the weights' sum, sum lambda^{t-i} z_i / sum lambda^{t-i}, instead of
     multiplying by 1 - lambda. The two differ by a positive factor, which unit keys do not see.
+    The parameters p start evenly spaced from 0.05 to 0.5.
+
+    Examples:
+      >>> import kreg.nn
+      >>> x = jnp.ones((1, 3, 1, 1))
+      >>> kreg.nn.LeakyAverage(1)(x)[0, :, 0, 0].tolist()
+      [0.393, 0.632, 0.777]
+      >>> kreg.nn.LeakyAverage(1, normalised=True)(x)[0, :, 0, 0].tolist()
+      [1.0, 1.0, 1.0]
     """
 
     def __init__(self, num_heads: int, *, normalised: bool = False) -> None:

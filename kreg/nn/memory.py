@@ -64,7 +64,15 @@ class ContextualMemory(nnx.Module):
     Keys are unit leaky averages and double as queries; the value v_j looks s = `value_shift`
     positions ahead, so its key is visible from j + s on. The weights are `kreg.attention`'s for the
     configuration's kernel and rule at bandwidth h = 1 / beta, one beta per head. The first s
-    positions have no past and answer 0.
+    positions have no past: their sum is 0. Maps [B, T, C] to [B, T, C].
+
+    Examples:
+      >>> import kreg.nn
+      >>> config = kreg.nn.MosaicConfig(7, num_layers=1, num_heads=2, embed_dim=8, memory_size=3)
+      >>> memory = kreg.nn.ContextualMemory(config, rngs=nnx.Rngs(0))
+      >>> y = nnx.jit(memory)(jnp.ones((1, 5, 8)))
+      >>> y.shape, float(jnp.abs(y[:, 0]).max())
+      ((1, 5, 8), 0.0)
 
     References:
       Zhang et al., `Memory Mosaics <https://arxiv.org/abs/2405.06394>`_, 2024
@@ -183,7 +191,16 @@ class PersistentMemory(nnx.Module):
     r"""Answer every position from learned pairs, y = Out(exp(10 p) softmax(beta^2 k M_k) M_v).
 
     The answers of several memories are averaged. The kernel is always the Gaussian; stored keys are
-    not normalised.
+    not normalised. Maps [B, T, C] to [B, T, C].
+
+    Examples:
+      >>> import kreg.nn
+      >>> config = kreg.nn.MosaicConfig(7, num_layers=1, num_heads=2, embed_dim=8, memory_size=3)
+      >>> memory = kreg.nn.PersistentMemory(config, rngs=nnx.Rngs(0))
+      >>> memory(jnp.ones((1, 5, 8))).shape
+      (1, 5, 8)
+      >>> memory.memory_keys.shape  # memories, pairs, heads, width of a head
+      (1, 3, 2, 4)
     """
 
     def __init__(self, config: MosaicConfig, *, rngs: nnx.Rngs) -> None:

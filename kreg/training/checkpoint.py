@@ -33,7 +33,17 @@ _ARRAYS, _META, _SUMS = "arrays", "meta.json", "SHA256SUMS"
 
 
 class CheckpointError(ValueError):
-    """Say that a checkpoint is damaged, or is not of this run."""
+    """Say that a checkpoint is damaged, or is not of this run.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import kreg.training
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     pathlib.Path(run, "checkpoints", "step_00000001").mkdir(parents=True)
+        ...     kreg.training.load_params(run, "last", {})
+        Traceback (most recent call last):
+        kreg.training.checkpoint.CheckpointError: checkpoint ...step_00000001 is damaged: ...
+    """
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,19 @@ class TrainResult:
     """Hold how a call of `train` ended.
 
     Args:
+        state: the state after the last update.
         step: updates done, by this call and those before it.
         best_step: the step of the best checkpoint; None where nothing was evaluated.
         finished: whether all steps are done.
         stopped_by: "time", "SIGTERM" or "SIGINT" where they are not.
+
+    Examples:
+        >>> import jax, optax
+        >>> from kreg import training
+        >>> state = training.init_state({}, optax.sgd(0.1), jax.random.key(0))
+        >>> result = training.TrainResult(state, 40, None, finished=False, stopped_by="time")
+        >>> result.step, result.finished, result.stopped_by
+        (40, False, 'time')
     """
 
     state: TrainState
@@ -78,7 +87,9 @@ def train(
         save_every: updates between checkpoints; by default those of `eval_every`, else a tenth of
             the run. A new best evaluation and the end are saved, too.
         log_every: updates between lines in the log.
+        tokens_per_batch: for the speed in the log; left out where None.
         best: which of evaluate's numbers chooses the best checkpoint, and whether "min" or "max".
+        keep_last: how many of the last checkpoints stay; the best one stays, too.
         time_limit: seconds after which to save and return; at least one update is done.
         progress: where to show what happens; by default on standard error.
 
@@ -86,6 +97,20 @@ def train(
         ValueError: another config; a damaged checkpoint (CheckpointError), or another model's.
         OSError: the directory cannot be written, is full, or another live run holds it. The
             checkpoints and the log are then as the last save left them.
+
+    Examples:
+        >>> import tempfile
+        >>> import jax, jax.numpy as jnp, numpy as np, optax
+        >>> from kreg import training
+        >>> tx, data = optax.sgd(0.25), training.batches([{"x": np.float32(1)}], 1, seed=0)
+        >>> step = training.make_step(lambda p, batch, key: (((p - batch["x"]) ** 2).sum(), {}), tx)
+        >>> state = training.init_state(jnp.zeros(1), tx, jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     quiet = training.Progress(quiet=True)
+        ...     result = training.train(run, state, step, data, steps=2, config={}, progress=quiet)
+        >>> result.step, result.finished, result.state.params.tolist()
+        (2, True, [0.75])
+        >>> data.close()
     """
     _require_positive(
         steps=steps, eval_every=eval_every, save_every=save_every, log_every=log_every
@@ -116,6 +141,20 @@ def load_params(
 
     Raises:
         ValueError: no such checkpoint; a damaged one (CheckpointError), or another model's.
+
+    Examples:
+        >>> import tempfile
+        >>> import jax, jax.numpy as jnp, numpy as np, optax
+        >>> from kreg import training
+        >>> tx, data = optax.sgd(0.25), training.batches([{"x": np.float32(1)}], 1, seed=0)
+        >>> step = training.make_step(lambda p, batch, key: (((p - batch["x"]) ** 2).sum(), {}), tx)
+        >>> state = training.init_state(jnp.zeros(1), tx, jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     quiet = training.Progress(quiet=True)
+        ...     _ = training.train(run, state, step, data, steps=2, config={}, progress=quiet)
+        ...     print(training.load_params(run, "last", like=jnp.zeros(1)))
+        [0.75]
+        >>> data.close()
     """
     run = RunDirectory(Path(directory))
     return read_params(run.checked(run.named(which)), like)

@@ -28,11 +28,21 @@ def adamw(
 
     Args:
         schedule: the learning rate, or a function of the number of updates.
+        betas: how much of m and of v each update keeps.
         decays: which leaves decay; all of them by default. See `decay_matrices`.
         clip: scale gradients by min(1, clip / (norm + 1e-6)), over all leaves together.
         accumulate: average the gradients of so many calls before each update, as if their
             batches had been one (exactly so where the batches' losses weigh alike). The schedule
             counts updates, not calls.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kreg import training
+        >>> tx = training.adamw(0.1, weight_decay=0.5, decays=training.decay_matrices())
+        >>> params = {"matrix": jnp.ones((1, 1)), "bias": jnp.ones(1)}
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> updates["matrix"].tolist(), updates["bias"].tolist()
+        ([[-0.15]], [-0.10])
 
     References:
         Loshchilov and Hutter, `Decoupled Weight Decay Regularization
@@ -56,7 +66,14 @@ def adamw(
 
 
 def decay_all(path: tuple[str, ...], leaf: Array) -> bool:
-    """Let every leaf decay."""
+    """Let every leaf decay, scales and biases too.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from kreg import training
+        >>> training.decay_all(("norm", "scale"), jnp.ones(8))
+        True
+    """
     return True
 
 

@@ -17,6 +17,14 @@ class Progress:
         label: put before everything, for instance the method and the seed.
         stream: standard error where None.
         quiet: show nothing.
+
+    Examples:
+        >>> import sys
+        >>> progress = Progress("biweight", stream=sys.stdout)
+        >>> progress.update(1, 10, loss=2.5, seconds_per_step=3.0)
+        biweight  step 1/10  loss 2.5000  0:27 left
+        >>> progress.note("val_loss 2.4")
+        biweight  val_loss 2.4
     """
 
     def __init__(

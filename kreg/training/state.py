@@ -15,6 +15,13 @@ class TrainState:
 
     The key never changes: update number t draws from `fold_in(key, t)`, so a resumed run draws
     what the uninterrupted one would have drawn.
+
+    Examples:
+        >>> import jax, optax
+        >>> tx = optax.sgd(0.1, momentum=0.9)
+        >>> state = init_state({"w": jax.numpy.ones(3)}, tx, jax.random.key(0))
+        >>> [leaf.shape for leaf in jax.tree.leaves(state)]  # w, its momentum, step, key
+        [(3,), (3,), (), ()]
     """
 
     params: PyTree[Array]

@@ -36,6 +36,16 @@ def make_step(
     Returns:
         `step(state, batch) -> (state, metrics)`. It donates `state`: use the returned one.
         `metrics` holds what loss_fn gave, `loss`, and `grad_norm` before any clipping.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from kreg import training
+        >>> tx = optax.sgd(0.25)
+        >>> step = training.make_step(lambda params, x, key: (((params - x) ** 2).sum(), {}), tx)
+        >>> state = training.init_state(jnp.zeros(2), tx, jax.random.key(0))
+        >>> state, metrics = step(state, jnp.ones(2))
+        >>> state.params.tolist(), float(metrics["loss"])
+        ([0.5, 0.5], 2.0)
     """
 
     def step(state: TrainState, batch: PyTree[Array]) -> tuple[TrainState, dict[str, Array]]:
