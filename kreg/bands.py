@@ -23,6 +23,9 @@ _FEW_BLOCKS = 3
 _TILE = 128
 _PARTS = 8
 _SHARES = (1, 2, 4, 6, 8)
+# Rows from this length on are worth the code that looks for the keys that were given weight, and
+# the part of the keys that it takes.
+_LONG = 8192
 _NARROW = (2,)
 
 
@@ -122,7 +125,7 @@ def narrow(problem: Problem, plan: list[Block]) -> list[Block] | None:
     powers = Powers.of(problem.kernel, problem.rule)
     keys = problem.sizes["s"]
     dense = powers is None or powers.order == math.inf
-    if not plan or dense or plan[0].slides or keys < 2 * _PARTS * _TILE:
+    if not plan or dense or plan[0].slides or keys < _LONG:
         return None
     stop = plan[-1].start + plan[-1].rows * plan[-1].count
     return _searching(plan[0].start, stop, plan[0].rows, keys, _NARROW)
