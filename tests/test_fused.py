@@ -74,7 +74,7 @@ def problem(mask):
 def test_blocks_find_all_of_their_keys(name):
     given = problem(MASKS[name])
     plan = blocks(given)
-    low, need = (np.broadcast_to(x, (B, np.shape(x)[1])) for x in reach(given, plan))
+    low, need = (np.broadcast_to(x[:, 0], (B, x.shape[-1])) for x in reach(given, plan))
     where = np.broadcast_to(given.mask.dense(T, T), (B, N, T, T)).any(1)
     for b, i in np.ndindex(*low.shape):
         seen = where[b, i * plan[0].rows : (i + 1) * plan[0].rows].any(0)
