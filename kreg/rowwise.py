@@ -80,11 +80,10 @@ class Powers(NamedTuple):
     def stats(self, z: Float[Array, "*rows n"], rows: Rows, at: At) -> Stats:
         """Threshold, support and certificate of every row."""
         depths = Depths.of(z)
-        rule = Fixed(1.0) if self.rule is Fixed else self.rule()
         excess = jnp.asarray(1 / self.order, z.dtype)
         gap = lax.stop_gradient(rows.gap)[..., None]
         cut = from_relative_gap(gap, excess, depths)
-        return Stats.of(depths, Kernel(self.order), rule, cut)
+        return Stats.of(depths, Kernel(self.order), cut, self.rule is Adaptive)
 
     def linear(
         self, z: Float[Array, "*rows n"], rows: Rows, at: At

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kreg.bandwidth import Adaptive, Cut, Rows, Rule
+from kreg.bandwidth import Cut, Rows
 from kreg.kernels import Kernel
 from kreg.threshold import norm
 
@@ -28,12 +28,13 @@ class Stats(NamedTuple):
         cls,
         rows: Rows,
         kernel: Kernel,
-        rule: Rule,
         cut: Cut,
+        solved: bool,
         alive: Bool[Array, "*rows n"] | None = None,
     ) -> "Stats":
-        """Counts and bounds; `alive` says which keys have weight, None those above the cut.
+        """Counts, and bounds what was solved.
 
+        `alive` says which keys have weight; None stands for those above the cut.
         A cut at or above the best score is that of a row without keys inside a fixed bandwidth.
         """
         rows, kernel, cut = jax.lax.stop_gradient((rows, kernel, cut))
@@ -45,7 +46,7 @@ class Stats(NamedTuple):
         threshold = jnp.broadcast_to(cut.threshold, (*shape, 1))[..., 0]
         threshold = jnp.where(some, threshold, jnp.inf).astype(jnp.float32)
         support = jnp.where(some, jnp.sum(alive, axis=-1, dtype=jnp.int32), 0)
-        if kernel.is_gaussian or not isinstance(rule, Adaptive):
+        if kernel.is_gaussian or not solved:
             return cls(threshold, support, jnp.zeros(shape, jnp.float32))
         residual = jnp.where(some, _residual(rows, kernel, cut), 0)
         return cls(threshold, support, residual.astype(jnp.float32))

@@ -43,7 +43,7 @@ def weigh(
         return weights, powers.stats(z, found, rowwise.At())
     rows = Rows.of(scores, where)
     weights, cut, alive = weigh_depths(rows, kernel, rule, jnp.asarray(fixed, scores.dtype))
-    return weights, Stats.of(rows, kernel, rule, cut, alive)
+    return weights, Stats.of(rows, kernel, cut, isinstance(rule, Adaptive), alive)
 
 
 def weigh_depths(
@@ -57,7 +57,7 @@ def weigh_depths(
 
 @functools.cache
 def _entmax(order: float) -> Callable:
-    r"""Makes the function z -> (p, gap) of alpha-entmax of static order; gaps have no gradient.
+    r"""Makes the function z -> (p, rows) of alpha-entmax of static order; rows have no gradient.
 
     It is what the general path computes, with the derivative in one piece,
     $\dot p = u (\dot z - \langle u, \dot z \rangle / \sum u)$, $u = x^{r-1}$: half the work of

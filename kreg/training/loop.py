@@ -108,6 +108,8 @@ def train(
         >>> with tempfile.TemporaryDirectory() as run:
         ...     quiet = training.Progress(quiet=True)
         ...     result = training.train(run, state, step, data, steps=2, config={}, progress=quiet)
+        ...     training.load_params(run, "last", like=jnp.zeros(1))
+        Array([0.75], dtype=float32)
         >>> result.step, result.finished, result.state.params.tolist()
         (2, True, [0.75])
         >>> data.close()
@@ -143,18 +145,14 @@ def load_params(
         ValueError: no such checkpoint; a damaged one (CheckpointError), or another model's.
 
     Examples:
+        What a run left is loaded in the example of `train`. A folder without runs has nothing:
+
         >>> import tempfile
-        >>> import jax, jax.numpy as jnp, numpy as np, optax
         >>> from kreg import training
-        >>> tx, data = optax.sgd(0.25), training.batches([{"x": np.float32(1)}], 1, seed=0)
-        >>> step = training.make_step(lambda p, batch, key: (((p - batch["x"]) ** 2).sum(), {}), tx)
-        >>> state = training.init_state(jnp.zeros(1), tx, jax.random.key(0))
         >>> with tempfile.TemporaryDirectory() as run:
-        ...     quiet = training.Progress(quiet=True)
-        ...     _ = training.train(run, state, step, data, steps=2, config={}, progress=quiet)
-        ...     print(training.load_params(run, "last", like=jnp.zeros(1)))
-        [0.75]
-        >>> data.close()
+        ...     training.load_params(run, "last", like={})
+        Traceback (most recent call last):
+        ValueError: ...
     """
     run = RunDirectory(Path(directory))
     return read_params(run.checked(run.named(which)), like)
