@@ -24,9 +24,10 @@ from kreg.threshold import strided
 
 _LARGEST_ORDER = 8
 _MOST_STEPS = 100
-# Columns that are summed side by side, and how many of them into one number.
+# Columns that are summed side by side, and at most how many of them into one number: XLA writes out
+# sums of up to 24 as straight code, several times faster than the loops that it makes of longer ones.
 _LANES = 64
-_LONGEST_SUM = 32
+_LONGEST_SUM = 24
 
 
 class Rows(NamedTuple):
@@ -199,14 +200,21 @@ def totals(*terms: Float[Array, "*rows n"]) -> list[Float[Array, "*rows"]]:
     n = terms[0].shape[-1]
     if n < 2 * _LANES:
         return _reduced(terms, -1)
-    size = _LANES * min(n // _LANES, _LONGEST_SUM)
+    count = _addends(n // _LANES)
+    size = _LANES * count
     even = n // size * size
-    cut = [x[..., :even].reshape(*x.shape[:-1], -1, size // _LANES, _LANES) for x in terms]
+    cut = [x[..., :even].reshape(*x.shape[:-1], -1, count, _LANES) for x in terms]
     sums = [jnp.sum(x, axis=(-2, -1)) for x in _reduced(cut, -2)]
     if even == n:
         return sums
     rest = totals(*(x[..., even:] for x in terms))
     return [a + b for a, b in zip(sums, rest, strict=True)]
+
+
+def _addends(columns: int) -> int:
+    """How many columns to sum into one number: as many as may be, and best without a rest."""
+    most = min(columns, _LONGEST_SUM)
+    return next((i for i in range(most, most // 2, -1) if columns % i == 0), most)
 
 
 def _reduced(terms, axis: int) -> list[Array]:
