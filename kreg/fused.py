@@ -204,7 +204,8 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
         local = Local.cut(problem, inputs.scale, place)
         at = cut_rows(inputs.at, place, share)
         do = queries_first(cut_heads(dout, place, share), share).astype(dtype)
-        # Transposed, so that every product reads its large operand along rows.
+        across = lax.optimization_barrier([jnp.moveaxis(x, 3, 1) for x in (local.query, do)])
+        # Transposed, so that every product reads both operands along rows.
         dk = jnp.zeros((*local.key.shape[:1], *local.key.shape[:0:-1]), dtype)
         dv = jnp.zeros((*local.value.shape[:1], *local.value.shape[:0:-1]), dtype)
 
@@ -216,17 +217,17 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
             p, pull_rows = method.linear(z, rows, local.row_part(at, block, start))
             p = local.dropped(p, block, start, first)
             merged = p.shape[0], p.shape[1] * p.shape[2]
-            q, g = (
-                lax.dynamic_slice_in_dim(x, start, block.rows, axis=2).reshape(*merged, -1)
-                for x in (local.query, do)
+            g = along(do, 2, start, block.rows).reshape(*merged, -1)
+            q_across, g_across = (
+                along(x, 3, start, block.rows).reshape(merged[0], -1, merged[1]) for x in across
             )
             dp = product(g, value, 2, 2, precision).reshape(p.shape)
             dp = local.dropped(dp, block, start, first)
             dz, dat = pull_rows(dp)
             flat, p = dz.reshape(*merged, -1), p.reshape(*merged, -1)
             dq = product(flat, key, 2, 1, precision).reshape(*dz.shape[:3], -1)
-            dk = add(dk, product(q, flat, 1, 1, precision), (0, 0, first))
-            dv = add(dv, product(g, p, 1, 1, precision), (0, 0, first))
+            dk = add(dk, product(q_across, flat, 2, 1, precision), (0, 0, first))
+            dv = add(dv, product(g_across, p, 2, 1, precision), (0, 0, first))
             return (dk, dv), (dq, None if inputs.bias is None else dz, dat)
 
         def store(carry, found, block: Block, start, first):
