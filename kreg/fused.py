@@ -257,7 +257,8 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
         (dq, dbias, dats), (dk, dv) = found
         plain = queries_first(local.problem.query[0], share).astype(dtype)
         dscale = add_scale(carry.scale, dq * plain, place, share)
-        dq = jnp.moveaxis(dq * cut_scale(inputs.scale, place, share), 2, 0)
+        dq = lax.optimization_barrier(dq * cut_scale(inputs.scale, place, share))
+        dq = jnp.moveaxis(dq, 2, 0)
         return Inputs(
             put_heads(carry.query, dq.reshape(dq.shape[0], -1, dq.shape[-1]), place, share),
             put_heads(carry.key, jnp.moveaxis(dk, 2, 0), place, 1),

@@ -189,7 +189,8 @@ def cut_heads(x: Float[Array, "B T N H"], place: Place, share: int) -> Float[Arr
 
 def put_heads(x: Array, part: Float[Array, "T n H"], place: Place, share: int) -> Array:
     """Puts the place's heads back."""
-    part = part[None].astype(x.dtype)
+    # Transposed on its own, or XLA reads it out of order, number by number.
+    part = lax.optimization_barrier(part)[None].astype(x.dtype)
     return lax.dynamic_update_slice(x, part, (place.entry, 0, place.first * share, 0))
 
 

@@ -124,27 +124,47 @@ def solve(order: float, z: Float[Array, "*rows n"]) -> Rows:
         gap = lax.fori_loop(0, 3, lambda _, gap: gap - _step(order, part, best, gap)[0], gap)
 
     def advance(carry):
-        count, gap, size, _ = carry
-        gap = gap - size
+        count, gap, size, *_ = carry
+        # A finished row stays: it keeps its bits whatever its neighbours still do.
+        gap = gap - jnp.where(size > _last_step(order, z, gap), size, 0)
         return count + 1, gap, *_step(order, z, best, gap)
 
     def unfinished(carry):
-        count, _, size, _ = carry
-        return (count == 0) | ((count < _MOST_STEPS) & jnp.any(size > 0))
+        count, gap, size, *_ = carry
+        return (count == 0) | (
+            (count < _MOST_STEPS) & jnp.any(size > _last_step(order, z, gap))
+        )
 
-    # A finished row takes steps of 0: it keeps its bits whatever its neighbours still do.
     zero = jnp.zeros_like(gap)
-    _, gap, _, total = lax.while_loop(unfinished, advance, (0, gap, zero, zero))
-    return Rows(best, gap, _inverse(total))
+    _, before, size, total, slope = lax.while_loop(
+        unfinished, advance, (0, gap, zero, zero, zero)
+    )
+    gap = before - size
+    return Rows(best, gap, _inverse(total - order * (before - gap) * slope))
 
 
-def _step(order: float, z: Array, best: Array, gap: Array) -> tuple[Array, Array]:
-    """Newton's step on the norm, 0 where it is no more than rounding; and the sum of the powers."""
+def _step(order: float, z: Array, best: Array, gap: Array) -> tuple[Array, Array, Array]:
+    """Newton's step on the norm, never back; and the sums of the powers r and r - 1."""
     # Together, or XLA forms what does not change with the gap before the loop, and stores it.
     z, best, gap = lax.optimization_barrier((z, best, gap))
     total, slope = _sums(order, z, best, gap)
     size = (total - _shrunk(order, total)) * _inverse(slope)
-    return jnp.where(size > 2 * jnp.finfo(z.dtype).eps * gap, size, 0), total
+    return jnp.maximum(size, 0), total, slope
+
+
+def _last_step(order: float, z: Array, gap: Array) -> Array:
+    r"""Bounds the steps after which nothing is left that rounding would show.
+
+    The norm's second derivative is at most (r - 1) n gap^(r - 2) for r >= 2. A step s leaves half
+    of that times s^2 to the root, and the sum of the powers is off by r times as much if it is
+    moved along its slope. For lesser orders only steps no greater than rounding are last.
+    """
+    eps = jnp.finfo(z.dtype).eps
+    rounding = 2 * eps * gap
+    if order < 2:
+        return rounding
+    curvature = (order - 1) * z.shape[-1] * gap ** (order - 2)
+    return jnp.maximum(rounding, jnp.sqrt(eps / 2 * gap / curvature))
 
 
 @solve.defjvp
