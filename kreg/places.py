@@ -57,7 +57,8 @@ def over_blocks(plan: list[Block], where, place: Place, compute, store, carry, s
     state = carry, sums
     for block in plan:
         if block.count == 1:
-            state = one(state, block, block.start)
+            # Not a constant, so that blocks share the code that cuts and stores.
+            state = one(state, block, lax.optimization_barrier(jnp.asarray(block.start)))
         else:
             state = lax.fori_loop(
                 0,

@@ -163,7 +163,9 @@ def _last_step(order: float, z: Array, gap: Array) -> Array:
     rounding = 2 * eps * gap
     if order < 2:
         return rounding
-    curvature = (order - 1) * z.shape[-1] * gap ** (order - 2)
+    # Not a constant, so that rows of all lengths share the code.
+    keys = lax.optimization_barrier(jnp.asarray(z.shape[-1], z.dtype))
+    curvature = (order - 1) * keys * gap ** (order - 2)
     return jnp.maximum(rounding, jnp.sqrt(eps / 2 * gap / curvature))
 
 
