@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -34,8 +35,9 @@ KERNELS = {
 }
 METHOD = (
     "Forward and backward (gradients of all inputs), float32, one call a round, in turns in one "
-    "process after one call to warm up. jax.nn on CPU forms the whole score matrix and computes "
-    "the masked half too; kreg does neither, so its Gaussian is the like-for-like baseline."
+    "process after one call to warm up, every round in another order. jax.nn on CPU forms the "
+    "whole score matrix and computes the masked half too; kreg does neither, so its Gaussian is "
+    "the like-for-like baseline."
 )
 
 
@@ -64,7 +66,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     add("--batch", type=int, default=4)
     add("--heads", type=int, default=8)
     add("--width", type=int, default=64, help="of a head")
-    add("--rounds", type=int, default=7, help="calls of each contestant")
+    add("--rounds", type=int, default=7, help="calls of each; of maps five times as many")
     add("--out", type=Path, default=Path("runs/bench"), help="folder for bench.json and bench.md")
     return Options(**vars(parser.parse_args(arguments)))
 
@@ -87,7 +89,7 @@ def main(options: Options) -> None:
         comparisons[name] = run(attention(options, length), options.rounds)
         show(name, comparisons[name])
     name = f"rows {options.rows[0]} x {options.rows[1]}"
-    comparisons[name] = run(maps(options.rows), options.rounds)
+    comparisons[name] = run(maps(options.rows), 5 * options.rounds)
     show(name, comparisons[name])
     peers = {name: metadata.version(name) for name in ("torch", "entmax") if optional(name)}
     machine = {"cores": os.cpu_count(), "processor": processor(), "peers": peers}
@@ -214,8 +216,10 @@ def run(contestants: dict[str, Contestant], rounds: int) -> dict[str, Any]:
     """Time all in turns; ratios are those of medians, to the first and to kreg's Gaussian."""
     for contestant in contestants.values():
         contestant.call()
+    # Threads of the one before may still be spinning: nobody follows the same one every time.
+    shuffle = random.Random(0).sample
     for _ in range(rounds):
-        for contestant in contestants.values():
+        for contestant in shuffle(list(contestants.values()), len(contestants)):
             start = time.perf_counter()
             contestant.call()
             contestant.seconds.append(time.perf_counter() - start)

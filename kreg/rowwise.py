@@ -25,7 +25,7 @@ from kreg.threshold import strided
 _LARGEST_ORDER = 8
 _MOST_STEPS = 100
 # Columns that are summed side by side, and at most how many of them into one number: XLA writes out
-# sums of up to 24 as straight code, several times faster than the loops that it makes of longer ones.
+# sums of up to 24 as straight code, several times faster than the loops it makes of longer ones.
 _LANES = 64
 _LONGEST_SUM = 24
 
@@ -131,14 +131,10 @@ def solve(order: float, z: Float[Array, "*rows n"]) -> Rows:
 
     def unfinished(carry):
         count, gap, size, *_ = carry
-        return (count == 0) | (
-            (count < _MOST_STEPS) & jnp.any(size > _last_step(order, z, gap))
-        )
+        return (count == 0) | ((count < _MOST_STEPS) & jnp.any(size > _last_step(order, z, gap)))
 
     zero = jnp.zeros_like(gap)
-    _, before, size, total, slope = lax.while_loop(
-        unfinished, advance, (0, gap, zero, zero, zero)
-    )
+    _, before, size, total, slope = lax.while_loop(unfinished, advance, (0, gap, zero, zero, zero))
     gap = before - size
     return Rows(best, gap, _inverse(total - order * (before - gap) * slope))
 

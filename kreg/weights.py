@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from kreg import rowwise
 from kreg.bandwidth import Adaptive, Cut, Rows, Rule
+from kreg.cache import in_cache
 from kreg.deformed import powers
 from kreg.derivatives import differentiable
 from kreg.kernels import Kernel
@@ -66,7 +67,8 @@ def _entmax(order: float) -> Callable:
     method = rowwise.Powers(order, Adaptive)
 
     def forward(z, _):
-        rows = rowwise.Rows(*(checkpoint_name(x, THRESHOLD) for x in method.solve(z, rowwise.At())))
+        rows = in_cache(lambda z: method.solve(z, rowwise.At()), z)
+        rows = rowwise.Rows(*(checkpoint_name(x, THRESHOLD) for x in rows))
         return method.weights(z, rows, rowwise.At()), rows
 
     def backward(z, _, rows, dp):
