@@ -183,7 +183,7 @@ def _map(x, axis, where, kernel: Kernel, rule: Rule, fixed=0.0) -> Array:
         raise ValueError(f"k: expected an integer >= 1, got {rule.k!r}")
     if where is None:
         z = jnp.moveaxis(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis, -1)
-        weights, _ = weigh(z, None, kernel, rule, fixed)
+        weights, _ = weigh(z, None, kernel, rule, fixed, many=True)
     else:
-        weights, _ = weigh(*along_last(x, axis, where), kernel, rule, fixed)
+        weights, _ = weigh(*along_last(x, axis, where), kernel, rule, fixed, many=True)
     return jnp.moveaxis(weights, -1, axis).astype(x.dtype)

@@ -19,13 +19,14 @@ from kreg.threshold import THRESHOLD
 
 
 # Compiled as one, so that calls outside jit do not trace and compile their loops each time.
-@jax.jit
+@functools.partial(jax.jit, static_argnames="many")
 def weigh(
     scores: Float[Array, "*rows n"],
     where: Bool[Array, "*#rows n"] | None,
     kernel: Kernel,
     rule: Rule,
     fixed: Float[Array, "*#rows 1"] | float = 0.0,
+    many: bool = False,
 ) -> tuple[Float[Array, "*rows n"], Stats]:
     r"""Weighs scores z = s/h^2 along the last axis.
 
@@ -36,11 +37,12 @@ def weigh(
         kernel: K_r.
         rule: where the row is cut.
         fixed: threshold that `Fixed` stands for.
+        many: whether the rows may be more than a cache holds; attention's come in blocks already.
     """
     powers = rowwise.Powers.of(kernel, rule)
     if powers is not None and (kernel.is_gaussian or powers.rule is Adaptive):
         z = scores if where is None else jnp.where(where, scores, -jnp.inf)
-        weights, found = _entmax(powers.order)(z, ())
+        weights, found = _entmax(powers.order, many)(z, ())
         return weights, powers.stats(z, found, rowwise.At())
     rows = Rows.of(scores, where)
     weights, cut, alive = weigh_depths(rows, kernel, rule, jnp.asarray(fixed, scores.dtype))
@@ -57,7 +59,7 @@ def weigh_depths(
 
 
 @functools.cache
-def _entmax(order: float) -> Callable:
+def _entmax(order: float, many: bool) -> Callable:
     r"""Makes the function z -> (p, rows) of alpha-entmax of static order; rows have no gradient.
 
     It is what the general path computes, with the derivative in one piece,
@@ -66,8 +68,11 @@ def _entmax(order: float) -> Callable:
     """
     method = rowwise.Powers(order, Adaptive)
 
+    def solve(z):
+        return method.solve(z, rowwise.At())
+
     def forward(z, _):
-        rows = in_cache(lambda z: method.solve(z, rowwise.At()), z)
+        rows = in_cache(solve, z) if many else solve(z)
         rows = rowwise.Rows(*(checkpoint_name(x, THRESHOLD) for x in rows))
         return method.weights(z, rows, rowwise.At()), rows
 

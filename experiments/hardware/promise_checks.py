@@ -32,7 +32,7 @@ def promise_checks(*, smoke: bool) -> list[Check]:
         checks.append(Check(f"threshold {name}", _certificate, (name,)))
     checks.append(Check("dropout", _dropout))
     checks.append(Check("one compilation", _one_compilation))
-    lengths = (64, 128) if smoke else LENGTHS
+    lengths = (128, 256) if smoke else LENGTHS
     return [*checks, Check("memory xla", _memory, (lengths, smoke))]
 
 
