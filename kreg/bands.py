@@ -11,12 +11,13 @@ from kreg.rowwise import Powers
 
 # Rows that a product is given at once, more where keys are few; scores of a block of one group of
 # heads, which should stay in a core's cache, in bytes; blocks that are written out one by one, each
-# with keys of its own (more cost compile time, the more so the longer a row's code is; fewer cost
-# work on keys that nobody sees).
+# with keys of its own (more cost compile time, the more so the longer a row's code is and where each
+# is a loop; fewer cost work on keys that nobody sees).
 _ROWS = 256
 _BLOCK_BYTES = 2 * 2**20
 _LARGEST_BYTES = 8 * 2**20
 _MOST_BLOCKS = 8
+_MOST_LOOPS = 6
 _FEW_BLOCKS = 3
 # Where the mask is known only when running: tiles of keys that are looked at, and the widths, in
 # parts of all keys, that code exists for.
@@ -88,7 +89,8 @@ def blocks(problem: Problem) -> list[Block]:
     step = stop - first
     if lower is not None or upper is not None:
         short = Powers.of(problem.kernel, problem.rule) is not None
-        most = _MOST_BLOCKS if short else _FEW_BLOCKS
+        most = _MOST_BLOCKS if stop - first <= _MOST_BLOCKS * rows else _MOST_LOOPS
+        most = most if short else _FEW_BLOCKS
         step = max(rows, -(-(stop - first) // (most * rows)) * rows)
     for start in range(first, stop, max(step, 1)):
         end = min(start + step, stop)
