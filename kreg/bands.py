@@ -11,8 +11,8 @@ from kreg.rowwise import Powers
 
 # Rows that a product is given at once, more where keys are few; scores of a block of one group of
 # heads, which should stay in a core's cache, in bytes; blocks that are written out one by one, each
-# with keys of its own (more cost compile time, the more so the longer a row's code is and where each
-# is a loop; fewer cost work on keys that nobody sees).
+# with keys of its own, and as many where each is a loop (more cost compile time, the more so the
+# longer a row's code is; fewer cost work on keys that nobody sees).
 _ROWS = 256
 _BLOCK_BYTES = 2 * 2**20
 _LARGEST_BYTES = 8 * 2**20

@@ -158,6 +158,15 @@ class Local:
         return z
 
 
+def in_order(x: Array) -> Array:
+    """Stores an array in the order of its axes, once.
+
+    Transposed without this, it would be read out of order, number by number, by all who read it.
+    """
+    # An array of one axis has only one order.
+    return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
+
+
 def product(a: Array, b: Array, i: int, j: int, precision) -> Array:
     """Multiplies two batches of matrices, contracting axis i of a with axis j of b."""
     return lax.dot_general(a, b, (((i,), (j,)), ((0,), (0,))), precision=precision)
@@ -190,8 +199,7 @@ def cut_heads(x: Float[Array, "B T N H"], place: Place, share: int) -> Float[Arr
 
 def put_heads(x: Array, part: Float[Array, "T n H"], place: Place, share: int) -> Array:
     """Puts the place's heads back."""
-    # Transposed on its own, or XLA reads it out of order, number by number.
-    part = lax.optimization_barrier(part)[None].astype(x.dtype)
+    part = in_order(part)[None].astype(x.dtype)
     return lax.dynamic_update_slice(x, part, (place.entry, 0, place.first * share, 0))
 
 
