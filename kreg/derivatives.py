@@ -9,7 +9,7 @@ It rests on two linear maps, y' = J x' and x' = J^T y', each the other's transpo
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,11 @@ from jax.interpreters import ad, batching, mlir
 
 
 def differentiable(
-    plain: Callable, forward: Callable, backward: Callable, one_by_one: bool = False
+    plain: Callable,
+    forward: Callable,
+    backward: Callable,
+    one_by_one: bool = False,
+    effects: Callable[[], Set] = frozenset,
 ) -> Callable:
     """Joins a plain function, a faster one and its backward pass.
 
@@ -28,12 +32,13 @@ def differentiable(
         backward: (x, rest, kept, dy) -> dx, a tree like x.
         one_by_one: whether vmap runs the fast functions one after the other, for loops that skip
             work: side by side they would skip only what all of them do.
+        effects: JAX effects of the backward pass, asked when it is traced.
 
     Returns:
         (x, rest) -> (y, kept); no gradient passes through kept. The three functions are compared by
         identity where compiled code is cached: give functions that live as long as the module.
     """
-    functions = (plain, _OneByOne(backward) if one_by_one else backward)
+    functions = (plain, _OneByOne(backward) if one_by_one else backward, effects)
     run = jax.custom_batching.sequential_vmap(forward) if one_by_one else forward
 
     def call(x, rest):
@@ -68,7 +73,7 @@ _pull.multiple_results = True
 
 
 def _push_plain(*leaves, functions, tree, count, out):
-    plain, _ = functions
+    plain = functions[0]
     kept, tangents = leaves[:-count], leaves[-count:]
     x, rest, _ = jax.tree.unflatten(tree, kept)
     shape = jax.tree.structure(x)
@@ -76,13 +81,13 @@ def _push_plain(*leaves, functions, tree, count, out):
 
 
 def _pull_plain(*leaves, functions, tree, count, out):
-    plain, _ = functions
+    plain = functions[0]
     x, rest, _ = jax.tree.unflatten(tree, leaves[:-1])
     return jax.tree.leaves(jax.vjp(lambda x: plain(x, rest), x)[1](leaves[-1])[0])
 
 
 def _pull_fast(*leaves, functions, tree, count, out):
-    _, backward = functions
+    backward = functions[1]
     return jax.tree.leaves(backward(*jax.tree.unflatten(tree, leaves[:-1]), leaves[-1]))
 
 
@@ -90,8 +95,8 @@ def _push_shape(*avals, out, **params):
     return out
 
 
-def _pull_shape(*avals, count, **params):
-    return list(avals[:count])
+def _pull_shape(*avals, functions, count, **params):
+    return list(avals[:count]), set(functions[2]())
 
 
 def _push_transpose(dy, *leaves, count, **params):
@@ -166,12 +171,13 @@ def _batched(primitive: Primitive) -> Callable:
 
 
 class _Mapped(tuple):
-    """The two functions under vmap; equal, for caches, where functions and axes are equal."""
+    """The functions under vmap; equal, for caches, where functions and axes are equal."""
 
     key: tuple
 
     def __new__(cls, functions, axes, tree):
-        self = super().__new__(cls, (_over(f, axes) for f in functions))
+        *maps, effects = functions
+        self = super().__new__(cls, (*(_over(f, axes) for f in maps), effects))
         self.key = (functions, axes, tree)
         return self
 
@@ -220,7 +226,7 @@ _compiled = functools.partial(jax.jit, static_argnames=("functions", "tree", "co
 _push.def_impl(_compiled(_push_plain))
 _pull.def_impl(_compiled(_pull_fast))
 _push.def_abstract_eval(_push_shape)
-_pull.def_abstract_eval(_pull_shape)
+_pull.def_effectful_abstract_eval(_pull_shape)
 mlir.register_lowering(_push, mlir.lower_fun(_push_plain, multiple_results=False))
 mlir.register_lowering(_pull, mlir.lower_fun(_pull_fast, multiple_results=True))
 ad.primitive_jvps[_push] = _jvp(_push, _push_plain, lambda params: params["count"])

@@ -6,9 +6,7 @@ where keys are neither all visible nor all hidden. Forward: scores, thresholds, 
 Backward: scores again, with the thresholds kept. How a row is weighed is the business of `rowwise`.
 """
 
-import dataclasses
 import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +14,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kreg import chunked, reference
+from kreg import reference
 from kreg.bands import Block, blocks, fits, narrow, reach, span, spans
-from kreg.bandwidth import Fixed
 from kreg.derivatives import differentiable
 from kreg.general import General
-from kreg.kernels import Kernel
-from kreg.masks import Mask
+from kreg.inputs import Inputs, joined, plain, separate, without_dead
 from kreg.places import (
     Local,
     Place,
@@ -42,20 +38,9 @@ from kreg.places import (
     take_rows,
 )
 from kreg.problem import Problem
-from kreg.rowwise import At, Powers, Rows
+from kreg.rowwise import Powers, Rows
 from kreg.stats import Stats
 from kreg.threshold import THRESHOLD
-
-
-class Inputs(NamedTuple):
-    """What gradients flow to; scores are z = scale q.k + bias."""
-
-    query: Float[Array, "B T N H"]
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K V"]
-    scale: Float[Array, "#B #T #N 1"]
-    bias: Float[Array, "#B #N #T #S"] | None
-    at: At  # [#B, #N, #T, 1]
 
 
 def takes(problem: Problem) -> bool:
@@ -69,41 +54,10 @@ def takes(problem: Problem) -> bool:
 
 def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats | None]:
     """Attends block by block."""
-    problem = _without_dead(problem)
-    dtype = problem.dtype
-    squeeze = 1 / jnp.square(jnp.asarray(problem.rule.h, dtype))
-    scale = problem.scale.astype(dtype) * jnp.swapaxes(squeeze, 1, 2)
-    bias, mask = problem.bias, problem.mask
-    if bias is not None:
-        seen = bias != -jnp.inf
-        bias, mask = jnp.where(seen, bias, 0).astype(dtype) * squeeze, mask & Mask(seen)
-    at = At(
-        squeeze - 0.5 if _is_cut_at(problem) else None,
-        None if problem.kernel.is_static else jnp.asarray(problem.kernel.excess, dtype),
-    )
-    inputs = Inputs(problem.query, problem.key, problem.value, scale, bias, at)
-    one = jnp.ones((), dtype)
-    rule = jax.tree.map(lambda _: one.reshape(1, 1, 1, 1), problem.rule)
-    rest = dataclasses.replace(_emptied(problem), mask=mask, rule=rule, scale=one)
+    problem = without_dead(problem)
+    inputs, rest = separate(problem)
     out, stats = _attend(inputs, rest)
     return out, None if stats is None else reference.certified(problem, stats)
-
-
-def _without_dead(problem: Problem) -> Problem:
-    """Zeroes queries and keys that take no part; blocks leave out those that the band says."""
-    mask, keys = problem.mask, problem.sizes["s"]
-    if not mask.is_static or problem.bias is not None:
-        return chunked.alive(problem)
-    queries = problem.sizes["t"]
-    low = 0 if mask.lower is None else max(0, max(0, -(mask.upper or 0)) + mask.lower)
-    high = keys if mask.upper is None else max(0, queries + mask.upper)
-    if low == 0 and high >= keys:
-        return problem
-    columns = problem.columns[None, :, None, None]
-    seen = (columns >= low) & (columns < high)
-    return dataclasses.replace(
-        problem, key=jnp.where(seen, problem.key, 0), value=jnp.where(seen, problem.value, 0)
-    )
 
 
 def _method(problem: Problem) -> Powers | General:
@@ -112,38 +66,8 @@ def _method(problem: Problem) -> Powers | General:
     return General(problem.kernel, problem.rule) if powers is None else powers
 
 
-def _is_cut_at(problem: Problem) -> bool:
-    """True where the threshold is given."""
-    return isinstance(problem.rule, Fixed) and not problem.kernel.is_gaussian
-
-
-def _emptied(problem: Problem) -> Problem:
-    """Takes out what `Inputs` carries; of an order that is an array only that it is one."""
-    none: Any = None
-    if not problem.kernel.is_static:
-        problem = dataclasses.replace(problem, kernel=Kernel.tree_unflatten(None, (none,)))
-    return dataclasses.replace(problem, query=none, key=none, value=none, bias=none)
-
-
-def _filled(rest: Problem, inputs: Inputs) -> Problem:
-    query, key, value, _, bias, _ = inputs
-    return dataclasses.replace(rest, query=query, key=key, value=value, bias=bias)
-
-
-def _plain(inputs: Inputs, rest: Problem) -> Float[Array, "B T N V"]:
-    """Computes the same with the chunked path, whose every derivative JAX can take."""
-    inputs = inputs._replace(query=inputs.query.astype(rest.scale.dtype) * inputs.scale)
-    threshold, excess = inputs.at
-    if excess is not None:
-        rest = dataclasses.replace(rest, kernel=Kernel.tree_unflatten(None, (excess,)))
-    if threshold is not None:  # by moving the scores, for the rule's own is 1/2
-        bias = 0.5 - threshold
-        inputs = inputs._replace(bias=bias if inputs.bias is None else inputs.bias + bias)
-    return chunked.attend(dataclasses.replace(_filled(rest, inputs), with_stats=False))[0]
-
-
 def _forward(inputs: Inputs, rest: Problem):
-    problem = _filled(rest, inputs)
+    problem = joined(inputs, rest)
     batch, queries, heads, _ = inputs.query.shape
     groups, width = inputs.value.shape[2:]
     share = heads // groups
@@ -192,7 +116,7 @@ def _forward(inputs: Inputs, rest: Problem):
 
 
 def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"]) -> Inputs:
-    problem = _filled(rest, inputs)
+    problem = joined(inputs, rest)
     kept, live, _ = saved
     method, dtype, precision = _method(rest), rest.scale.dtype, rest.precision
     share = inputs.query.shape[2] // inputs.key.shape[2]
@@ -271,7 +195,7 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
     return over_groups(problem, group, change)
 
 
-_call = differentiable(_plain, _forward, _backward, one_by_one=True)
+_call = differentiable(plain, _forward, _backward, one_by_one=True)
 
 
 def _attend(inputs: Inputs, rest: Problem) -> tuple[Float[Array, "B T N V"], Stats | None]:

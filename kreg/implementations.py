@@ -29,6 +29,12 @@ def _unwritten(name: str) -> Callable[[Problem], tuple[Array, Stats | None]]:
     return attend
 
 
+def _mosaic_gpu(problem: Problem) -> tuple[Array, Stats | None]:
+    from pallas_kernels import mosaic_gpu
+
+    return mosaic_gpu.attend(problem)
+
+
 def _in_blocks(problem: Problem) -> tuple[Array, Stats | None]:
     return (fused if _fuses(problem) else chunked).attend(problem)
 
@@ -40,7 +46,7 @@ def _fuses(problem: Problem) -> bool:
 IMPLEMENTATIONS: dict[str, Callable[[Problem], tuple[Array, Stats | None]]] = {
     "reference": reference.attend,
     "xla": _in_blocks,
-    "mosaic_gpu": _unwritten("mosaic_gpu"),
+    "mosaic_gpu": _mosaic_gpu,
     "mosaic_tpu": _unwritten("mosaic_tpu"),
 }
 

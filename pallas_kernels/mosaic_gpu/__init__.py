@@ -1,0 +1,3 @@
+"""Kernels for NVIDIA Hopper in Pallas Mosaic GPU."""
+
+from pallas_kernels.mosaic_gpu.attention import attend as attend

@@ -1,0 +1,222 @@
+"""Attention by these kernels: what they take, their derivatives, and what is said of rows."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kreg import chunked
+from kreg.bandwidth import Adaptive, Anchored, Fixed
+from kreg.derivatives import differentiable
+from kreg.inputs import Inputs, joined, plain, separate, without_dead
+from kreg.kernels import gaussian
+from kreg.problem import Problem
+from kreg.rowwise import At
+from kreg.stats import Stats
+from pallas_kernels.mosaic_gpu.backward import backward
+from pallas_kernels.mosaic_gpu.forward import FOUND, Found, forward
+from pallas_kernels.mosaic_gpu.interpreter import effects, interpreted
+from pallas_kernels.mosaic_gpu.operands import Ranges, by_row, pack, parts, unpack
+from pallas_kernels.mosaic_gpu.plan import TILE, Plan
+
+_WIDEST = 128
+_PARTS = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float16): 1, jnp.dtype(jnp.float32): 3}
+
+
+def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats | None]:
+    """Attends by the kernels for Hopper; NotImplementedError where they do not take the inputs."""
+    reason = declined(problem)
+    if reason is not None:
+        raise NotImplementedError(f"implementation='mosaic_gpu': {reason}")
+    problem = without_dead(problem)
+    inputs, rest = separate(problem)
+    out, found = _call(inputs, rest)
+    return out, _stats(inputs, rest, found) if problem.with_stats else None
+
+
+def declined(problem: Problem) -> str | None:
+    """Says why the kernels do not take a problem, None where they do."""
+    mask, order = problem.mask, problem.kernel.static_order
+    widths = problem.query.shape[-1], problem.value.shape[-1]
+    types = {jnp.dtype(x.dtype) for x in (problem.query, problem.key, problem.value)}
+    by_key = [x for x in (mask.query_start, mask.query_stop) if x is not None and x.shape[1] > 1]
+    reasons = {
+        "an order that is an array": order is None,
+        "an order below 1, or the Gaussian": order is not None and not 1 <= order < math.inf,
+        f"{type(problem.rule).__name__}": type(problem.rule) not in (Adaptive, Anchored, Fixed),
+        "a bias": problem.bias is not None,
+        "a soft cap": problem.soft_cap is not None,
+        "a null score": problem.null is not None,
+        "dropout": problem.dropout_key is not None,
+        "a boolean mask": mask.array is not None,
+        "segments": bool(mask.segments),
+        "ranges of queries by key": bool(by_key),
+        f"heads wider than {_WIDEST}": max(widths) > _WIDEST,
+        "types that differ, or are not bfloat16, float16 or float32": len(types) > 1
+        or not types <= set(_PARTS),
+    }
+    found = [what for what, is_so in reasons.items() if is_so]
+    return f"no kernel for {found[0]}" if found else None
+
+
+def _plan(inputs: Inputs, rest: Problem) -> Plan:
+    (batch, queries, heads, width), dtype = inputs.query.shape, jnp.dtype(inputs.query.dtype)
+    keys, groups, value_width = inputs.value.shape[1:]
+    count = _PARTS[dtype]
+    return Plan(
+        batch=batch,
+        queries=queries,
+        keys=keys,
+        heads=heads,
+        key_heads=groups,
+        width=-(-width // TILE) * TILE,
+        value_width=-(-value_width // TILE) * TILE,
+        order=float(rest.kernel.static_order or 1),
+        rule=type(rest.rule),
+        dtype=dtype if count == 1 else jnp.dtype(jnp.bfloat16),
+        out_dtype=dtype,
+        parts=count,
+        interpreted=interpreted(),
+        with_support=rest.with_stats,
+    )
+
+
+def _forward(inputs: Inputs, rest: Problem):
+    plan = _plan(inputs, rest)
+    ranges = Ranges.of(rest.mask, plan)
+    steep = by_row(plan, _rows(inputs.scale) / plan.order)
+    cut = by_row(plan, _cut(inputs.at) / plan.order)
+    query = _seen(inputs.query, ranges)
+    operands = (parts(plan, x) for x in (query, inputs.key, inputs.value))
+    found = forward(plan, *operands, pack(plan, steep, cut), ranges)
+    width = inputs.value.shape[-1]
+    out = found.out[..., :width]
+    if plan.rule is Fixed:
+        empty = _without_weight(plan, found, ranges)
+        out = jax.lax.cond(
+            jnp.any(empty),
+            lambda: jnp.where(empty, _uniform(inputs.value, inputs, rest), out),
+            lambda: out,
+        )
+    return out, found
+
+
+def _rows(scale: Float[Array, "#B #T #N 1"]) -> Float[Array, "#B #N #T"]:
+    return jnp.swapaxes(scale[..., 0], 1, 2).astype(jnp.float32)
+
+
+def _cut(at: At) -> Float[Array, "#B #N #T"]:
+    return jnp.zeros((1, 1, 1)) if at.threshold is None else at.threshold[..., 0]
+
+
+def _seen(query: Float[Array, "B T N H"], ranges: Ranges) -> Float[Array, "B T N H"]:
+    """Queries without keys become 0: what they hold must not reach the gradients of keys."""
+    empty = ranges.empty[:, : query.shape[1], None, None]
+    return jnp.where(empty, 0, query)
+
+
+def _without_weight(plan: Plan, found: Found, ranges: Ranges) -> Array:
+    """Which queries see keys but give none of them weight, [B, T, N, 1]."""
+    total = unpack(plan, found.rows)[FOUND.index("total")]
+    empty = (total <= 0) & ~ranges.empty[:, None]
+    return jnp.swapaxes(empty, 1, 2)[:, : plan.queries, :, None]
+
+
+def _uniform(value, inputs: Inputs, rest: Problem) -> Float[Array, "B T N V"]:
+    """Averages of all keys that a query sees: what equal scores give."""
+    query = jnp.zeros_like(inputs.query)
+    same = joined(inputs._replace(query=query, value=value), rest)
+    same = dataclasses.replace(same, kernel=gaussian, rule=Adaptive(rest.rule.h), with_stats=False)
+    return chunked.attend(same)[0]
+
+
+def _stats(inputs: Inputs, rest: Problem, found: Found) -> Stats:
+    plan = _plan(inputs, rest)
+    cut, total, _, _, support = unpack(plan, found.rows)[..., : plan.queries]
+    ranges = Ranges.of(rest.mask, plan)
+    limits = ranges.limits
+    keys = (limits[:, :, 1] - limits[:, :, 0]).reshape(plan.batch, 1, -1)[..., : plan.queries]
+    alive = keys > 0
+    threshold = jnp.where(alive, cut * plan.order, jnp.inf)
+    support = jnp.where(alive & (total <= 0), keys, support.astype(jnp.int32))
+    residual = jnp.zeros_like(cut)
+    if plan.rule is Adaptive:
+        residual = jnp.where(alive, _residual(plan, inputs, total), 0)
+    return Stats(*(jnp.swapaxes(x, 1, 2) for x in (threshold, support, residual)))
+
+
+def _residual(plan: Plan, inputs: Inputs, total: Float[Array, "B N T"]) -> Array:
+    """Bounds |t - t*| by r |g - 1|, and rounding by the lengths of queries and keys."""
+
+    def lengths(x):
+        return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1))
+
+    longest = jnp.repeat(jnp.max(lengths(inputs.key), axis=1), plan.share, axis=-1)[..., None]
+    size = jnp.abs(_rows(inputs.scale)) * jnp.swapaxes(lengths(inputs.query), 1, 2) * longest
+    norm = total ** (1 / plan.order)
+    rounding = jnp.finfo(jnp.float32).eps * (16 * (1 + size) + 4 * plan.order)
+    return jnp.abs(norm - 1) * plan.order + rounding
+
+
+def _backward(inputs: Inputs, rest: Problem, found: Found, dout) -> Inputs:
+    plan = _plan(inputs, rest)
+    ranges = Ranges.of(rest.mask, plan)
+    width, value_width = inputs.query.shape[-1], inputs.value.shape[-1]
+    steep = by_row(plan, _rows(inputs.scale) / plan.order)
+    cut, total, slope, best, _ = unpack(plan, found.rows)
+    mean, away = _means(plan, found, total, slope, dout)
+    scale = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+    query = _seen(inputs.query, ranges)
+    operands = [parts(plan, x) for x in (query, inputs.key, inputs.value, dout)]
+    rows = pack(plan, steep, cut, scale, mean, away, best)
+    dquery, dkey, dvalue, dsteep = backward(plan, *operands, rows, found.live, ranges)
+    dvalue = dvalue[..., :value_width]
+    dscale, dcut = (x[..., : plan.queries] for x in (dsteep / plan.order, -away))
+    if plan.rule is Fixed:
+        empty = _without_weight(plan, found, ranges)
+        dvalue = jax.lax.cond(
+            jnp.any(empty),
+            lambda: dvalue + _uniform_back(inputs, rest, empty, dout),
+            lambda: dvalue,
+        )
+    at = inputs.at
+    return Inputs(
+        dquery[..., :width],
+        dkey[..., :width],
+        dvalue,
+        _summed(jnp.swapaxes(dscale, 1, 2)[..., None], inputs.scale),
+        None,
+        at if at.threshold is None else At(_summed(dcut[..., None], at.threshold)),
+    )
+
+
+def _means(plan: Plan, found: Found, total, slope, dout) -> tuple[Array, Array]:
+    """Finds of every row the mean of what flows back, and what flows to a given threshold."""
+
+    def means(x):
+        dot = jnp.sum(x[..., : dout.shape[-1]].astype(jnp.float32) * dout, axis=-1)
+        pad = total.shape[-1] - plan.queries
+        return jnp.pad(jnp.swapaxes(dot, 1, 2), ((0, 0), (0, 0), (0, pad)))
+
+    if plan.rule is Adaptive:
+        return means(found.lower), jnp.zeros_like(total)
+    mean = means(found.out)
+    safe = jnp.where(total > 0, total, 1)
+    return mean, jnp.where(total > 0, slope * (means(found.lower) - mean) / safe, 0)
+
+
+def _uniform_back(inputs: Inputs, rest: Problem, empty, dout) -> Array:
+    """What flows to the values from queries that weigh all their keys equally."""
+    dout = jnp.where(empty, dout, 0)
+    return jax.vjp(lambda value: _uniform(value, inputs, rest), inputs.value)[1](dout)[0]
+
+
+def _summed(x: Array, like: Array) -> Array:
+    """Sums a gradient over the axes along which there is one number for all."""
+    axes = tuple(i for i, size in enumerate(like.shape) if size == 1 and x.shape[i] > 1)
+    return jnp.sum(x, axis=axes, keepdims=True).astype(like.dtype)
+
+
+_call = differentiable(plain, _forward, _backward, effects=effects)

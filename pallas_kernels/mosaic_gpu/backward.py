@@ -1,0 +1,293 @@
+r"""Gradients of queries, keys and values over the live tiles alone.
+
+With p = c x^r and u = c x^(r - 1), c one over the sum of the powers, what flows back to a score z
+is u (dp - mean); a row's mean and c come with it. Under `Anchored` the threshold moves with the
+best key, to which `away` goes, too. One kernel has a block of queries a program and walks over
+keys, the other a tile of keys and walks over queries of all heads that share it: nothing is added
+up by more than one program, so that results are the same from run to run.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from kreg.bandwidth import Adaptive, Anchored
+from pallas_kernels.mosaic_gpu.operands import Ranges, turned, unpack
+from pallas_kernels.mosaic_gpu.plan import TILE, WORD, Plan, words
+from pallas_kernels.mosaic_gpu.tiles import (
+    COLUMNS,
+    GRID,
+    ROWS,
+    across,
+    add_product,
+    fetch,
+    filled,
+    integer,
+    masked,
+    operand,
+    power,
+    product,
+    put,
+    result,
+    staging,
+    stream,
+    zeros,
+)
+
+# What is given of every row.
+GIVEN = ("steep", "cut", "scale", "mean", "away", "best")
+
+
+def backward(
+    plan: Plan,
+    query: Float[Array, "P B T N H"],
+    key: Float[Array, "P B S K H"],
+    value: Float[Array, "P B S K V"],
+    dout: Float[Array, "P B T N V"],
+    rows: Float[Array, "B N I 6 64"],
+    live: Int[Array, "B N I W"],
+    ranges: Ranges,
+) -> tuple[Array, Array, Array, Float[Array, "B N T'"]]:
+    """Runs both kernels; returns the gradients of query, key, value and of r times `steep`."""
+    arrays = query, key, value, dout, rows, ranges.limits, ranges.bounds
+    dquery, dsteep = _query_kernel(plan)(*arrays, live)
+    dkey, dvalue = _key_kernel(plan)(*arrays, turned(plan, live))
+    return dquery, dkey, dvalue, unpack(plan, dsteep)[0]
+
+
+def _query_kernel(plan: Plan) -> Callable:
+    both = plan.width + plan.value_width
+    stages = plan.stages(both, once=both, more=4 * (plan.tiles + 10 * TILE))
+    ready = plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages)
+    grid = plan.batch, plan.heads, plan.blocks
+    return plgpu.kernel(
+        lambda *refs: _OfQueries(plan, stages, *refs).run(),
+        out_type=[
+            _gradient(plan, plan.queries, plan.heads, plan.width),
+            jax.ShapeDtypeStruct((*grid, 1, TILE), jnp.float32),
+        ],
+        grid=grid[::-1],
+        grid_names=("block", "head", "batch"),
+        num_threads=1,
+        thread_name="warpgroup",
+        scratch_types=[
+            operand(plan, plan.width),
+            operand(plan, plan.value_width),
+            operand(plan, plan.width, stages),
+            operand(plan, plan.value_width, stages),
+            result(plan),
+            plgpu.SMEM((len(GIVEN), TILE), jnp.float32),
+            plgpu.SMEM((2, TILE), jnp.int32),
+            plgpu.SMEM((1, TILE), jnp.float32),
+            plgpu.SMEM((max(plan.tiles, 4),), jnp.int32),
+            plgpu.Barrier(num_arrivals=2 * plan.parts + 2),
+            ready,
+            ready,
+            *staging(plan),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
+    )
+
+
+def _key_kernel(plan: Plan) -> Callable:
+    both = plan.width + plan.value_width
+    stages = plan.stages(both, once=both, more=4 * (plan.blocks + 36 * TILE))
+    ready = plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages)
+    return plgpu.kernel(
+        lambda *refs: _OfKeys(plan, stages, *refs).run(),
+        out_type=[
+            _gradient(plan, plan.keys, plan.key_heads, plan.width),
+            _gradient(plan, plan.keys, plan.key_heads, plan.value_width),
+        ],
+        grid=(plan.tiles, plan.key_heads, plan.batch),
+        grid_names=("tile", "head", "batch"),
+        num_threads=1,
+        thread_name="warpgroup",
+        scratch_types=[
+            operand(plan, plan.width),
+            operand(plan, plan.value_width),
+            operand(plan, plan.width, stages),
+            operand(plan, plan.value_width, stages),
+            result(plan),
+            plgpu.SMEM((stages, len(GIVEN), TILE), jnp.float32),
+            plgpu.SMEM((stages, 2, TILE), jnp.int32),
+            plgpu.SMEM((max(plan.blocks, 4),), jnp.int32),
+            plgpu.Barrier(num_arrivals=2 * plan.parts),
+            plgpu.Barrier(num_arrivals=plan.parts + 2, num_barriers=stages),
+            ready,
+            *staging(plan),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
+    )
+
+
+def _gradient(plan: Plan, length: int, heads: int, width: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((plan.batch, length, heads, width), plan.out_dtype)
+
+
+def _list(count: int, word: Callable[[Array], Array], into) -> Array:
+    """Lists the set bits of a map, `word` by word; returns how many there are."""
+
+    def one(i, found):
+        def unfinished(carry):
+            return carry[0] != 0
+
+        def take(carry):
+            left, found = carry
+            lowest = left & -left
+            into[found] = i * WORD + (WORD - 1) - lax.clz(lowest)
+            return left ^ lowest, found + 1
+
+        return lax.while_loop(unfinished, take, (word(i), found))[1]
+
+    return lax.fori_loop(integer(0), integer(count), one, integer(0))
+
+
+def _pulled(plan: Plan, x, dp, number: Callable[[str], Array], key, axis: int) -> Array:
+    """What flows back to the scores of a tile; `number` repeats a row's number over it."""
+    dz = power(x, plan.order - 1) * number("scale") * (dp - number("mean"))
+    if plan.rule is not Anchored:
+        return dz
+    keys = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1 - axis, layout=GRID) + key
+    best = keys.astype(jnp.float32) == number("best")
+    return dz - jnp.where(best, number("away"), 0.0)
+
+
+class _OfQueries:
+    """The gradient of one block of queries of one head."""
+
+    def __init__(self, plan: Plan, stages: int, *refs):
+        self.plan, self.stages = plan, stages
+        (self.queries, self.keys, self.values, self.douts, self.rows, self.limits, self.bounds,
+         self.live, self.to, self.steep_to, self.query, self.dout, self.key, self.value, self.out,
+         self.row, self.limit, self.dsteep, self.list, self.ready, self.key_ready,
+         self.value_ready, *staged) = refs  # fmt: skip
+        self.staged = staged[0] if staged else None
+        self.block = plan.blocks - 1 - lax.axis_index("block")
+        self.head, self.batch = lax.axis_index("head"), lax.axis_index("batch")
+        self.key_head = lax.div(self.head, integer(plan.share))
+
+    def run(self) -> None:
+        plan, at = self.plan, (self.batch, self.head, self.block)
+        start = self.block * TILE
+        fetch(plan, self.queries, self.batch, start, self.head, self.query, self.ready)
+        fetch(plan, self.douts, self.batch, start, self.head, self.dout, self.ready)
+        plgpu.copy_gmem_to_smem(self.rows.at[at], self.row, self.ready)
+        plgpu.copy_gmem_to_smem(self.limits.at[self.batch, self.block], self.limit, self.ready)
+        self.bound = [self.bounds[self.batch, self.block, i] for i in range(4)]
+        count = _list(words(plan.tiles), lambda i: self.live[(*at, i)], self.list)
+        plgpu.commit_smem()
+        plgpu.barrier_wait(self.ready)
+        self.numbers = {
+            name: plgpu.load(self.row.at[i], layout=ROWS) for i, name in enumerate(GIVEN)
+        }
+        carry = zeros(plan.width), filled(0.0)
+        total, dsteep = stream(
+            count, self.stages, lambda t: self.list[t], self._begin, self._step, carry
+        )
+        self._store(total, dsteep)
+
+    def _limits(self):
+        return [plgpu.load(self.limit.at[i], layout=ROWS) for i in range(2)]
+
+    def _begin(self, j, slot) -> None:
+        for source, into, ready in (
+            (self.keys, self.key, self.key_ready),
+            (self.values, self.value, self.value_ready),
+        ):
+            into, ready = into.at[slot], ready.at[slot]
+            fetch(self.plan, source, self.batch, j * TILE, self.key_head, into, ready)
+
+    def _step(self, j, slot, carry):
+        plan, (total, dsteep) = self.plan, carry
+        plgpu.barrier_wait(self.key_ready.at[slot])
+        y = product(plan, self.query, self.key.at[slot].transpose((0, 2, 1)))
+        y = masked(y * across(self.numbers["steep"]), j, self._limits, self.bound)
+        x = jnp.maximum(y - across(self.numbers["cut"]), 0)
+        plgpu.barrier_wait(self.value_ready.at[slot])
+        dp = product(plan, self.dout, self.value.at[slot].transpose((0, 2, 1)))
+        dz = _pulled(plan, x, dp, lambda name: across(self.numbers[name]), j * TILE, 0)
+        # Of scores y = cut + x where there is weight; the weights' changes sum to 0 under Adaptive.
+        dsteep = dsteep + jnp.sum(dz * x, axis=1)
+        if plan.rule is not Adaptive:
+            dsteep = dsteep + jnp.sum(dz, axis=1) * self.numbers["cut"]
+        return add_product(plan, total, dz, self.key.at[slot], self.staged), dsteep
+
+    def _store(self, total, dsteep) -> None:
+        plan, steep = self.plan, self.numbers["steep"]
+        self.dsteep.at[0][...] = dsteep * plan.order / steep
+        plgpu.commit_smem()
+        at = self.batch, self.head, self.block
+        plgpu.copy_smem_to_gmem(self.dsteep, self.steep_to.at[at])
+        rows = pl.ds(self.block * TILE, TILE)
+        total = total * across(steep * plan.order, plan.width)
+        put(total, self.out, self.to.at[self.batch, rows, self.head])
+
+
+class _OfKeys:
+    """The gradients of one tile of keys and values, of all heads that share them."""
+
+    def __init__(self, plan: Plan, stages: int, *refs):
+        self.plan, self.stages = plan, stages
+        (self.queries, self.keys, self.values, self.douts, self.rows, self.limits, self.bounds,
+         self.live, self.key_to, self.value_to, self.key, self.value, self.query, self.dout,
+         self.out, self.row, self.limit, self.list, self.ready, self.query_ready,
+         self.dout_ready, *staged) = refs  # fmt: skip
+        self.staged = staged[0] if staged else None
+        self.tile, self.batch = lax.axis_index("tile"), lax.axis_index("batch")
+        self.key_head = lax.axis_index("head")
+
+    def run(self) -> None:
+        plan, start = self.plan, self.tile * TILE
+        fetch(plan, self.keys, self.batch, start, self.key_head, self.key, self.ready)
+        fetch(plan, self.values, self.batch, start, self.key_head, self.value, self.ready)
+        plgpu.barrier_wait(self.ready)
+        carry = zeros(plan.width), zeros(plan.value_width)
+        dkey, dvalue = lax.fori_loop(integer(0), integer(plan.share), self._head, carry)
+        rows = self.batch, pl.ds(start, TILE), self.key_head
+        put(dkey, self.out, self.key_to.at[rows])
+        put(dvalue, self.out, self.value_to.at[rows])
+
+    def _head(self, i, carry):
+        """Adds what flows back from the queries of one head."""
+        head = self.key_head * self.plan.share + i
+        at = self.batch, head, self.tile
+        count = _list(words(self.plan.blocks), lambda w: self.live[(*at, w)], self.list)
+        plgpu.commit_smem()
+
+        def begin(block, slot):
+            ready = self.query_ready.at[slot]
+            where = self.batch, block * TILE, head
+            fetch(self.plan, self.queries, *where, self.query.at[slot], ready)
+            plgpu.copy_gmem_to_smem(self.rows.at[self.batch, head, block], self.row.at[slot], ready)
+            plgpu.copy_gmem_to_smem(self.limits.at[self.batch, block], self.limit.at[slot], ready)
+            fetch(self.plan, self.douts, *where, self.dout.at[slot], self.dout_ready.at[slot])
+
+        return stream(count, self.stages, lambda t: self.list[t], begin, self._step, carry)
+
+    def _step(self, block, slot, carry):
+        plan, (dkey, dvalue) = self.plan, carry
+
+        # Numbers of columns take many registers: they are loaded where they are needed.
+        def number(name):
+            return across(plgpu.load(self.row.at[slot, GIVEN.index(name)], layout=COLUMNS), axis=1)
+
+        def limits():
+            return [plgpu.load(self.limit.at[slot, i], layout=COLUMNS) for i in range(2)]
+
+        plgpu.barrier_wait(self.query_ready.at[slot])
+        bounds = [self.bounds[self.batch, block, i] for i in range(4)]
+        y = product(plan, self.key, self.query.at[slot].transpose((0, 2, 1)))
+        y = masked(y * number("steep"), self.tile, limits, bounds, axis=1)
+        x = jnp.maximum(y - number("cut"), 0)
+        plgpu.barrier_wait(self.dout_ready.at[slot])
+        p = power(x, plan.order) * number("scale")
+        dvalue = add_product(plan, dvalue, p, self.dout.at[slot], self.staged)
+        dp = product(plan, self.value, self.dout.at[slot].transpose((0, 2, 1)))
+        dz = _pulled(plan, x, dp, number, self.tile * TILE, 1) * (number("steep") * plan.order)
+        return add_product(plan, dkey, dz, self.query.at[slot], self.staged), dvalue

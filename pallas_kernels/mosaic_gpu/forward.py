@@ -1,0 +1,314 @@
+"""Threshold and average of every query, in one kernel.
+
+A program has a block of queries. Its first pass over the keys carries a lower bound of every row's
+threshold and lists the tiles that reach above it; further passes walk the list, move the bound by
+Newton's steps on the norm and drop tiles that it has left behind; the last averages the values of
+the tiles that are left. The bound never passes the threshold: a tile that is dropped has no weight.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from kreg.bandwidth import Adaptive, Anchored
+from pallas_kernels.mosaic_gpu.operands import Ranges
+from pallas_kernels.mosaic_gpu.plan import TILE, WORD, Plan, words
+from pallas_kernels.mosaic_gpu.tiles import (
+    GRID,
+    LOWEST,
+    ROWS,
+    across,
+    add_product,
+    fetch,
+    filled,
+    integer,
+    inverse,
+    masked,
+    operand,
+    power,
+    product,
+    put,
+    result,
+    root,
+    some_above,
+    staging,
+    stream,
+    zeros,
+)
+
+_MOST_PASSES = 30
+# Steps of the bound below which it counts as found, in units of y; the last step is still made.
+_HALF_STEP, _FULL_STEP = 2.0**-10, 2.0**-22
+
+# What is given and what is found of every row.
+GIVEN = ("steep", "cut")
+FOUND = ("cut", "total", "slope", "best", "support")
+
+
+class Found(NamedTuple):
+    """Output and what the backward pass needs.
+
+    out: sum of the powers r times values, over the sum of the powers.
+    lower: the same with powers r - 1.
+    rows: the numbers named in FOUND.
+    live: which tiles of keys have weight, a bit each.
+    """
+
+    out: Float[Array, "B T N V"]
+    lower: Float[Array, "B T N V"]
+    rows: Float[Array, "B N I F 64"]
+    live: Int[Array, "B N I W"]
+
+
+def forward(
+    plan: Plan,
+    query: Float[Array, "P B T N H"],
+    key: Float[Array, "P B S K H"],
+    value: Float[Array, "P B S K V"],
+    rows: Float[Array, "B N I 2 64"],
+    ranges: Ranges,
+) -> Found:
+    """Runs the kernel; `rows` are those named in GIVEN, y = steep q.k."""
+    lists = 4 * (plan.tiles + 16 * TILE)
+    stages = plan.stages(plan.width + plan.value_width, once=plan.width, more=lists)
+    grid = plan.batch, plan.heads, plan.blocks
+    out = jax.ShapeDtypeStruct(
+        (plan.batch, plan.queries, plan.heads, plan.value_width), plan.out_dtype
+    )
+    kernel = plgpu.kernel(
+        lambda *refs: _Program(plan, stages, *refs).run(),
+        out_type=[
+            out,
+            out,
+            jax.ShapeDtypeStruct((*grid, len(FOUND), TILE), jnp.float32),
+            jax.ShapeDtypeStruct((*grid, words(plan.tiles)), jnp.int32),
+        ],
+        grid=grid[::-1],
+        grid_names=("block", "head", "batch"),
+        num_threads=1,
+        thread_name="warpgroup",
+        scratch_types=[
+            operand(plan, plan.width),
+            operand(plan, plan.width, stages),
+            operand(plan, plan.value_width, stages),
+            result(plan),
+            plgpu.SMEM((len(GIVEN), TILE), jnp.float32),
+            plgpu.SMEM((2, TILE), jnp.int32),
+            plgpu.SMEM((len(FOUND), TILE), jnp.float32),
+            plgpu.SMEM((max(plan.tiles, 4),), jnp.int32),
+            plgpu.SMEM((words(plan.tiles),), jnp.int32),
+            plgpu.Barrier(num_arrivals=plan.parts + 2),
+            plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
+            *staging(plan),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
+    )
+    return Found(*kernel(query, key, value, rows, ranges.limits, ranges.bounds))
+
+
+class _Program:
+    """One block of queries of one head."""
+
+    def __init__(self, plan: Plan, stages: int, *refs):
+        self.plan, self.stages = plan, stages
+        given, refs = refs[:6], refs[6:]
+        self.queries, self.keys, self.values, self.rows, self.limits, self.bounds = given
+        self.outs, refs = refs[:4], refs[4:]
+        (self.query, self.key, self.value, self.out, self.row, self.limit, self.found, self.list,
+         self.words, self.ready, self.key_ready, self.value_ready, *staged) = refs  # fmt: skip
+        self.staged = staged[0] if staged else None
+        # From the last block on: under a causal mask it is the longest.
+        self.block = plan.blocks - 1 - lax.axis_index("block")
+        self.head, self.batch = lax.axis_index("head"), lax.axis_index("batch")
+        self.key_head = lax.div(self.head, integer(plan.share))
+
+    def run(self) -> None:
+        self._load()
+        best = filled(-1.0)
+        if self.plan.rule is Adaptive:
+            cut, count = self._bound()
+            cut, count = self._refine(cut, count)
+            tile = self._listed
+        elif self.plan.rule is Anchored:
+            cut, best, count = self._greatest()
+            tile = self._listed
+        else:
+            cut = plgpu.load(self.row.at[1], layout=ROWS)
+            count, tile = self.stop - self.first, self._nearest
+        self._average(cut, best, count, tile)
+
+    def _load(self) -> None:
+        """Fetches the block, and its rows' numbers."""
+        plan, at = self.plan, (self.batch, self.head, self.block)
+        fetch(plan, self.queries, self.batch, self.block * TILE, self.head, self.query, self.ready)
+        plgpu.copy_gmem_to_smem(self.rows.at[at], self.row, self.ready)
+        plgpu.copy_gmem_to_smem(self.limits.at[self.batch, self.block], self.limit, self.ready)
+        self.bound = [self.bounds[self.batch, self.block, i] for i in range(4)]
+        self.first, self.stop = self.bound[:2]
+
+        def clear(i, carry):
+            self.words[i] = integer(0)
+            return carry
+
+        lax.fori_loop(integer(0), integer(words(plan.tiles)), clear, integer(0))
+        plgpu.barrier_wait(self.ready)
+        self.steep = plgpu.load(self.row.at[0], layout=ROWS)
+
+    def _limits(self):
+        return [plgpu.load(self.limit.at[i], layout=ROWS) for i in range(2)]
+
+    def _nearest(self, t):
+        """Tiles by themselves, the last ones first: they are the nearest under a causal mask."""
+        return self.stop - 1 - t
+
+    def _listed(self, t):
+        return self.list[t]
+
+    def _stream(self, count, tile, step, carry, with_values: bool = False):
+        def begin(j, slot):
+            self._fetch(self.keys, j, slot, self.key, self.key_ready)
+            if with_values:
+                self._fetch(self.values, j, slot, self.value, self.value_ready)
+
+        return stream(count, self.stages, tile, begin, step, carry)
+
+    def _fetch(self, source, j, slot, into, ready) -> None:
+        into, ready = into.at[slot], ready.at[slot]
+        fetch(self.plan, source, self.batch, j * TILE, self.key_head, into, ready)
+
+    def _scores(self, j, slot) -> Float[Array, "64 64"]:
+        plgpu.barrier_wait(self.key_ready.at[slot])
+        y = product(self.plan, self.query, self.key.at[slot].transpose((0, 2, 1)))
+        return masked(y * across(self.steep), j, self._limits, self.bound)
+
+    def _bound(self):
+        """Bounds the thresholds from below, and lists the tiles that reach above."""
+        order = self.plan.order
+
+        # Of the keys so far the norm at t >= cut is at least [norm - slope (t - cut)]_+.
+        def step(j, slot, carry):
+            y = self._scores(j, slot)
+            top = jnp.max(y, axis=1)
+
+            def move(cut, norm, slope, count):
+                self.list[count] = j
+                new = jnp.maximum(cut, top - 1)
+                norm = jnp.maximum(norm - slope * (new - cut), 0)
+                x = jnp.maximum(y - across(new), 0)
+                total = power(norm, order) + jnp.sum(power(x, order), axis=1)
+                lower = power(x, order - 1)
+                slopes = power(norm, order - 1) * slope + jnp.sum(lower, axis=1)
+                norm = root(total, order)
+                slope = slopes * inverse(total) * norm
+                new = new + jnp.maximum(norm - 1, 0) * inverse(slope)
+                return new, jnp.minimum(norm, 1), slope, count + 1
+
+            live = jnp.max(top - carry[0]) > 0
+            return lax.cond(live, move, lambda *carry: carry, *carry)
+
+        start = filled(LOWEST), filled(0.0), filled(0.0), integer(0)
+        cut, _, _, count = self._stream(self.stop - self.first, self._nearest, step, start)
+        return cut, count
+
+    def _greatest(self):
+        """Finds the greatest score of every row and its key, and the threshold that follows."""
+
+        def step(j, slot, carry):
+            y = self._scores(j, slot)
+            top = jnp.max(y, axis=1)
+
+            def move(cut, best, count):
+                self.list[count] = j
+                keys = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=GRID) + j * TILE
+                where = jnp.where(y == across(top), keys.astype(jnp.float32), -1.0)
+                best = jnp.where(top - 1 > cut, jnp.max(where, axis=1), best)
+                return jnp.maximum(cut, top - 1), best, count + 1
+
+            live = jnp.max(top - carry[0]) > 0
+            return lax.cond(live, move, lambda *carry: carry, *carry)
+
+        start = filled(LOWEST), filled(-1.0), integer(0)
+        return self._stream(self.stop - self.first, self._nearest, step, start)
+
+    def _refine(self, cut, count):
+        """Moves the bounds by Newton's steps until they are found, over fewer and fewer tiles."""
+        order = self.plan.order
+        enough = _HALF_STEP if self.plan.parts == 1 else _FULL_STEP
+
+        def sums(cut, count):
+            def step(j, slot, carry):
+                x = jnp.maximum(self._scores(j, slot) - across(cut), 0)
+
+                def add(total, slope, kept):
+                    self.list[kept] = j
+                    total = total + jnp.sum(power(x, order), axis=1)
+                    return total, slope + jnp.sum(power(x, order - 1), axis=1), kept + 1
+
+                return lax.cond(some_above(x), add, lambda *carry: carry, *carry)
+
+            return self._stream(count, self._listed, step, (filled(0.0), filled(0.0), integer(0)))
+
+        def advance(carry):
+            passes, cut, count, _ = carry
+            total, slope, count = sums(cut, count)
+            norm = root(total, order)
+            # Newton's step on the norm; the sum of powers over the norm is its slope's other part.
+            size = jnp.maximum((norm - 1) * total * inverse(norm * slope), 0)
+            return passes + 1, cut + size, count, jnp.max(size)
+
+        def unfinished(carry):
+            return (carry[0] < _MOST_PASSES) & (carry[3] > enough)
+
+        carry = integer(0), cut, count, jnp.float32(1)
+        _, cut, count, _ = lax.while_loop(unfinished, advance, carry)
+        return cut, count
+
+    def _average(self, cut, best, count, tile) -> None:
+        """Averages the values above the thresholds, and notes which tiles have any."""
+        plan = self.plan
+
+        def step(j, slot, carry):
+            x = jnp.maximum(self._scores(j, slot) - across(cut), 0)
+            plgpu.barrier_wait(self.value_ready.at[slot])
+
+            def add(out, lower, total, slope, support):
+                self._note(j)
+                p, u = power(x, plan.order), power(x, plan.order - 1)
+                values = self.value.at[slot]
+                out = add_product(plan, out, p, values, self.staged)
+                lower = add_product(plan, lower, u, values, self.staged)
+                if plan.with_support:
+                    support = support + jnp.sum(power(x, 0), axis=1)
+                total, slope = total + jnp.sum(p, axis=1), slope + jnp.sum(u, axis=1)
+                return out, lower, total, slope, support
+
+            return lax.cond(some_above(x), add, lambda *carry: carry, *carry)
+
+        nothing = zeros(plan.value_width)
+        carry = nothing, nothing, filled(0.0), filled(0.0), filled(0.0)
+        out, lower, total, slope, support = self._stream(count, tile, step, carry, True)
+        self._store(out, lower, cut, total, slope, best, support)
+
+    def _note(self, j) -> None:
+        word, bit = lax.div(j, integer(WORD)), lax.rem(j, integer(WORD))
+        self.words[word] = self.words[word] | lax.shift_left(integer(1), bit)
+
+    def _store(self, out, lower, *rows) -> None:
+        out_to, lower_to, rows_to, live_to = self.outs
+        at = self.batch, self.head, self.block
+        for i, numbers in enumerate(rows):
+            self.found.at[i][...] = numbers
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(self.found, rows_to.at[at])
+        plgpu.copy_smem_to_gmem(self.words, live_to.at[at])
+        total, slope = rows[1:3]
+        rows = pl.ds(self.block * TILE, TILE)
+        for sums, weight, to in ((out, total, out_to), (lower, slope, lower_to)):
+            x = sums * across(inverse(weight), self.plan.value_width)
+            put(x, self.out, to.at[self.batch, rows, self.head])

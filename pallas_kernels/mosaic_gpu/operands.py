@@ -1,0 +1,112 @@
+"""From a `Problem` to what kernels read: ranges of keys, numbers of rows, padded operands."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from kreg.masks import Mask
+from pallas_kernels.mosaic_gpu.plan import TILE, Plan, words
+
+
+class Ranges(NamedTuple):
+    """Which keys each query may see: [low, high), and what blocks of queries make of that.
+
+    limits: low and high of every query of a block.
+    bounds: first tile and end of those that any query of a block sees; first and end of those that
+        all of them see whole.
+    """
+
+    limits: Int[Array, "B I 2 64"]
+    bounds: Int[Array, "B I 4"]
+
+    @classmethod
+    def of(cls, mask: Mask, plan: Plan) -> "Ranges":
+        low, high = _row_ranges(mask, plan)
+        low, high = (x.reshape(plan.batch, plan.blocks, TILE) for x in (low, high))
+        some = high > low
+        first = jnp.min(jnp.where(some, low, plan.keys), axis=-1) // TILE
+        stop = -(-jnp.max(jnp.where(some, high, 0), axis=-1) // TILE)
+        full = -(-jnp.max(low, axis=-1) // TILE), jnp.min(high, axis=-1) // TILE
+        bounds = jnp.stack([jnp.minimum(first, stop), stop, *full], axis=-1)
+        return cls(jnp.stack([low, high], axis=2), bounds.astype(jnp.int32))
+
+    @property
+    def empty(self) -> Array:
+        """Which queries see nothing, [B, T']."""
+        low, high = self.limits[:, :, 0], self.limits[:, :, 1]
+        return (high <= low).reshape(low.shape[0], -1)
+
+
+def _row_ranges(mask: Mask, plan: Plan) -> tuple[Array, Array]:
+    """Finds low and high of every query, padded ones too; both 0 where there is no key."""
+    i = jnp.arange(plan.blocks * TILE, dtype=jnp.int32)[None]
+    low = jnp.zeros((plan.batch, i.size), jnp.int32)
+    high = jnp.where(i < plan.queries, plan.keys, low)
+
+    def rows(x):
+        x = jnp.asarray(x, jnp.int32)
+        x = x.reshape(-1, 1) if x.ndim < 2 else x
+        return x if x.shape[1] == 1 else jnp.pad(x, ((0, 0), (0, i.size - x.shape[1])))
+
+    if mask.lower is not None:
+        low = jnp.maximum(low, i + rows(mask.lower))
+    if mask.upper is not None:
+        high = jnp.minimum(high, i + rows(mask.upper) + 1)
+    if mask.key_start is not None:
+        low = jnp.maximum(low, rows(mask.key_start))
+    if mask.key_stop is not None:
+        high = jnp.minimum(high, rows(mask.key_stop))
+    # These are by key, and here only where they are the same for all keys.
+    if mask.query_start is not None:
+        high = jnp.where(i >= rows(mask.query_start), high, 0)
+    if mask.query_stop is not None:
+        high = jnp.where(i < rows(mask.query_stop), high, 0)
+    some = high > low
+    return jnp.where(some, low, 0), jnp.where(some, high, 0)
+
+
+def pack(plan: Plan, *rows: Float[Array, "B N T'"]) -> Float[Array, "B N I R 64"]:
+    """Brings numbers of rows together block by block, for one copy to fetch."""
+    x = jnp.stack(rows, axis=2).astype(jnp.float32)
+    x = x.reshape(plan.batch, plan.heads, len(rows), plan.blocks, TILE)
+    return jnp.swapaxes(x, 2, 3)
+
+
+def unpack(plan: Plan, x: Float[Array, "B N I R 64"]) -> Float[Array, "R B N T'"]:
+    """Takes numbers of rows apart again."""
+    return jnp.moveaxis(x, 3, 0).reshape(x.shape[3], plan.batch, plan.heads, -1)
+
+
+def by_row(plan: Plan, x: Float[Array, "#B #N #T"]) -> Float[Array, "B N T'"]:
+    """Gives every query, padded ones too, its number; 1 where there is none."""
+    full = jnp.broadcast_to(x, (plan.batch, plan.heads, plan.queries))
+    pad = plan.blocks * TILE - plan.queries
+    return jnp.pad(full, ((0, 0), (0, 0), (0, pad)), constant_values=1)
+
+
+def parts(plan: Plan, x: Float[Array, "B T N H"]) -> Float[Array, "P B T N H'"]:
+    """Pads the width to whole tiles, and writes float32 as a sum of bfloat16 parts."""
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % TILE)))
+    if plan.parts == 1:
+        return x.astype(plan.dtype)[None]
+    found = []
+    for _ in range(plan.parts):
+        # Not a conversion there and back, which compilers leave out.
+        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        found.append(part.astype(plan.dtype))
+        x = x - part
+    return jnp.stack(found)
+
+
+def turned(plan: Plan, live: Int[Array, "B N I W"]) -> Int[Array, "B N J V"]:
+    """Turns the map of live tiles, bits of keys by block of queries, the other way around."""
+    bits = jnp.arange(32, dtype=jnp.uint32)
+    x = live.astype(jnp.uint32)[..., None] >> bits & 1
+    x = x.reshape(*live.shape[:3], -1)[..., : plan.tiles]
+    count = words(plan.blocks)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, count * 32 - plan.blocks), (0, 0)))
+    x = x.reshape(plan.batch, plan.heads, count, 32, plan.tiles)
+    x = jnp.sum(x << bits[:, None], axis=3, dtype=jnp.uint32)
+    return jnp.swapaxes(x, 2, 3).astype(jnp.int32)

@@ -1,0 +1,94 @@
+"""What a kernel is compiled for, and the shapes that follow from it."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+# Queries in a block and keys in a tile: what one warpgroup multiplies at once, and the unit that is
+# skipped.
+TILE = 64
+# Bits in a word of the map of live tiles, and the words that one copy must hold at least.
+WORD = 32
+_WORDS_A_COPY = 4
+# Shared memory of a multiprocessor, half of it if two programs are to run there, and the tiles that
+# are fetched ahead where it allows.
+_SHARED_BYTES = 227 * 1024
+_MOST_STAGES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes and options of one attention call; hashable, for all of it is static.
+
+    width, value_width: of keys and values, padded to whole tiles.
+    order: r, 1 or more.
+    rule: the bandwidth rule's class.
+    dtype: of the operands of products: float32 inputs are sums of `parts` bfloat16 ones.
+    interpreted: whether the kernel is to be run by the interpreter, which knows of no products of
+        registers and of no sums that go on in an accumulator.
+    with_support: whether keys with weight are counted.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    key_heads: int
+    width: int
+    value_width: int
+    order: float
+    rule: type
+    dtype: Any
+    out_dtype: Any
+    parts: int
+    interpreted: bool
+    with_support: bool
+
+    @property
+    def in_registers(self) -> bool:
+        """Whether weights go to a product from registers; parts would take too many."""
+        return self.parts == 1 and not self.interpreted
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of queries."""
+        return -(-self.queries // TILE)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of keys."""
+        return -(-self.keys // TILE)
+
+    @property
+    def share(self) -> int:
+        """Heads that share a key head."""
+        return self.heads // self.key_heads
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Which parts of two operands are multiplied, small products first."""
+        pairs = [(i, j) for i in range(self.parts) for j in range(self.parts)]
+        return sorted((p for p in pairs if sum(p) < self.parts), key=sum, reverse=True)
+
+    def stages(self, widths: int, once: int, more: int) -> int:
+        """How many tiles of operands fit at once.
+
+        widths: of the operands that are fetched tile by tile, added up.
+        once: of those that stay, added up.
+        more: further bytes.
+        """
+        column = TILE * self.parts * 2
+        results = TILE * TILE * jnp.dtype(self.out_dtype).itemsize
+        staged = 0 if self.in_registers else TILE * TILE * 2
+        fixed = column * once + results + staged + more
+        for limit in (_SHARED_BYTES // 2, _SHARED_BYTES):
+            found = min(_MOST_STAGES, (limit - fixed) // (column * widths))
+            if found >= 2:
+                return found
+        return max(1, found)
+
+
+def words(tiles: int) -> int:
+    """Words of a map of so many tiles; what is copied must be a multiple of 16 bytes."""
+    return -(-tiles // (WORD * _WORDS_A_COPY)) * _WORDS_A_COPY

@@ -1,0 +1,181 @@
+"""What all kernels do with a tile: fetch it, score it, raise it to powers, multiply it.
+
+A program is one warpgroup with one block of 64 queries (or keys), and walks over tiles of the
+other. Everything of a tile stays in registers, but for operands of products. Scores are kept as
+y = z / r: the threshold of a row is then between its best score less one, and its best score.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.mosaic_gpu.plan import TILE, Plan
+
+SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+GRID = plgpu.Layout.WGMMA
+# Numbers of the rows and of the columns of a tile.
+ROWS, COLUMNS = GRID.reduce(1), GRID.reduce(0)
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+def integer(x) -> Array:
+    return jnp.asarray(x, jnp.int32)
+
+
+def filled(value: float, layout=ROWS) -> Array:
+    """One number for every row."""
+    return plgpu.layout_cast(jnp.full((TILE,), value, jnp.float32), layout)
+
+
+def zeros(width: int) -> Array:
+    return plgpu.layout_cast(jnp.zeros((TILE, width), jnp.float32), GRID)
+
+
+def across(x: Array, width: int = TILE, axis: int = 0) -> Array:
+    """Repeats numbers of rows (axis 0) or of columns (axis 1) over a tile."""
+    return lax.broadcast_in_dim(x, (TILE, width), [axis])
+
+
+def staging(plan: Plan) -> list:
+    """Shared memory for a tile of numbers on its way into a product, where it is needed."""
+    shape = TILE, TILE
+    return [] if plan.in_registers else [plgpu.SMEM(shape, plan.dtype, transforms=SWIZZLED)]
+
+
+def operand(plan: Plan, width: int, stages: int | None = None):
+    """Shared memory for a block of an operand, in all its parts; or for several."""
+    shape = (plan.parts, TILE, width) if stages is None else (stages, plan.parts, TILE, width)
+    return plgpu.SMEM(shape, plan.dtype, transforms=SWIZZLED)
+
+
+def result(plan: Plan):
+    """Shared memory through which results leave, 64 columns at a time."""
+    columns = 128 // jnp.dtype(plan.out_dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM((TILE, TILE), plan.out_dtype, transforms=transforms)
+
+
+def put(x: Float[Array, "64 n"], through, to) -> None:
+    """Writes a block of results, rows past the end of `to` left out."""
+    for first in range(0, x.shape[1], TILE):
+        through[...] = x[:, first : first + TILE].astype(through.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(through, to.at[:, pl.ds(first, TILE)])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def fetch(plan: Plan, source, batch, start, head, into, barrier) -> None:
+    """Begins to copy a block of an operand; rows past its end arrive as zeros."""
+    for part in range(plan.parts):
+        rows = source.at[part, batch, pl.ds(start, TILE), head]
+        plgpu.copy_gmem_to_smem(rows, into.at[part], barrier)
+
+
+def stream(count, stages: int, entry: Callable, begin: Callable, step: Callable, carry):
+    """Walks over entries (t) of a list of tiles while the next ones are on their way.
+
+    begin: (entry, slot), starts the copies; step: (entry, slot, carry) -> carry, waits for them.
+    """
+
+    def ahead(t):
+        begin(entry(t), lax.rem(t, integer(stages)))
+
+    for t in range(stages):
+        pl.when(t < count)(functools.partial(ahead, integer(t)))
+
+    def one(t, carry):
+        carry = step(entry(t), lax.rem(t, integer(stages)), carry)
+        # All four warps have read the slot before it is filled again.
+        plgpu.commit_smem()
+        pl.when(t + stages < count)(lambda: ahead(t + stages))
+        return carry
+
+    return lax.fori_loop(integer(0), count, one, carry)
+
+
+def product(plan: Plan, left, right) -> Float[Array, "64 n"]:
+    """Multiplies two operands, [64, k] and [k, n] in parts."""
+
+    def multiply(total):
+        for i, j in plan.pairs:
+            plgpu.wgmma(total, left.at[i], right.at[j])
+        return total[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((TILE, right.shape[-1]), jnp.float32))
+
+
+def add_product(plan: Plan, total, left: Float[Array, "64 64"], right, staged) -> Array:
+    """Adds the product of a tile of numbers and an operand [64, n]."""
+    if plan.in_registers:
+        left = left.astype(plan.dtype)
+        return pl.run_state(lambda found: plgpu.wgmma(found, left, right.at[0]))(
+            plgpu.ACC.init(total)
+        )
+    for i in range(plan.parts):
+        part = left.astype(plan.dtype)
+        left = left - part.astype(jnp.float32)
+        staged[...] = part
+        plgpu.commit_smem()
+
+        def multiply(found, i=i):
+            for j in range(plan.parts - i):
+                plgpu.wgmma(found, staged, right.at[j])
+            return found[...] if plan.interpreted else None
+
+        if plan.interpreted:
+            total = total + pl.run_scoped(multiply, plgpu.ACC(total.shape, jnp.float32))
+        else:
+            total = pl.run_state(multiply)(plgpu.ACC.init(total))
+        plgpu.commit_smem()
+    return total
+
+
+def inside(key, low, high, axis: int) -> Array:
+    """Says of a tile whose first key is given which keys the queries see; queries along `axis`."""
+    keys = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1 - axis, layout=GRID) + key
+    return (keys >= across(low, axis=axis)) & (keys < across(high, axis=axis))
+
+
+def masked(y: Array, tile, limits: Callable, bounds, axis: int = 0) -> Array:
+    """Scores of keys that are not seen become -inf; most tiles are seen whole.
+
+    limits: gives the rows' low and high, where they are needed.
+    """
+
+    def some(y):
+        return jnp.where(inside(tile * TILE, *limits(), axis), y, -jnp.inf)
+
+    full = (tile >= bounds[2]) & (tile < bounds[3])
+    return lax.cond(full, lambda y: y, some, y)
+
+
+def power(x: Array, exponent: float) -> Array:
+    """Evaluates x^exponent for x >= 0, and 0 at x = 0 whatever the exponent."""
+    if exponent == 0:
+        return jnp.where(x > 0, 1.0, 0.0)
+    if exponent == int(exponent) and exponent <= 4:
+        squared = x * x
+        return {1: x, 2: squared, 3: squared * x, 4: squared * squared}[int(exponent)]
+    return jnp.where(x > 0, jnp.exp2(exponent * jnp.log2(jnp.where(x > 0, x, 1.0))), 0.0)
+
+
+def root(total: Array, order: float) -> Array:
+    """Evaluates total^(1/order)."""
+    if order == 1:
+        return total
+    return jnp.sqrt(total) if order == 2 else power(total, 1 / order)
+
+
+def inverse(x: Array) -> Array:
+    """One over x; 0 where x is 0."""
+    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1.0), 0.0)
+
+
+def some_above(x: Array) -> Array:
+    """True where any number of a tile is above 0, for all threads alike."""
+    return jnp.max(jnp.max(x, axis=1)) > 0
