@@ -99,7 +99,9 @@ class Mask:
 
     def __repr__(self) -> str:
         parts = {name: getattr(self, name) for name in ("array", *_RANGES, "segments")}
-        given = [f"{k}={v!r}" for k, v in parts.items() if v is not None and v != ()]
+        given = [
+            f"{k}={v!r}" for k, v in parts.items() if not (v is None or (k == "segments" and not v))
+        ]
         return f"Mask({', '.join(given)})"
 
     @property

@@ -14,6 +14,7 @@ KERNELS: dict[str, tuple[Any, float]] = {
     "biweight": (kreg.biweight, 2),
     "triweight": (kreg.triweight, 3),
     "order1.5": (kreg.rectified_polynomial(1.5), 1.5),
+    "order4": (kreg.rectified_polynomial(4), 4.0),
     "order0.7": (kreg.rectified_polynomial(0.7), 0.7),  # alpha > 2: the bracketed solve
     "order40": (kreg.rectified_polynomial(40.0), 40.0),
     "gaussian": (kreg.gaussian, oracle.INFINITE),

@@ -12,6 +12,7 @@ from kreg.bandwidth import Adaptive, Anchored, Fixed
 from kreg.derivatives import differentiable
 from kreg.inputs import Inputs, joined, plain, separate, without_dead
 from kreg.kernels import gaussian
+from kreg.masks import Mask
 from kreg.problem import Problem
 from kreg.rowwise import At
 from kreg.stats import Stats
@@ -20,8 +21,10 @@ from pallas_kernels.mosaic_gpu.forward import FOUND, Found, forward
 from pallas_kernels.mosaic_gpu.interpreter import effects, interpreted
 from pallas_kernels.mosaic_gpu.operands import Ranges, by_row, pack, parts, unpack
 from pallas_kernels.mosaic_gpu.plan import TILE, Plan
+from pallas_kernels.mosaic_gpu.tiles import LOWEST
 
-_WIDEST = 128
+# By parts, for float32 takes three times the shared memory.
+_WIDEST = {1: 256, 3: 128}
 _PARTS = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float16): 1, jnp.dtype(jnp.float32): 3}
 
 
@@ -41,7 +44,7 @@ def declined(problem: Problem) -> str | None:
     mask, order = problem.mask, problem.kernel.static_order
     widths = problem.query.shape[-1], problem.value.shape[-1]
     types = {jnp.dtype(x.dtype) for x in (problem.query, problem.key, problem.value)}
-    by_key = [x for x in (mask.query_start, mask.query_stop) if x is not None and x.shape[1] > 1]
+    parts = max(_PARTS.get(kind, 1) for kind in types)
     reasons = {
         "an order that is an array": order is None,
         "an order below 1, or the Gaussian": order is not None and not 1 <= order < math.inf,
@@ -51,9 +54,8 @@ def declined(problem: Problem) -> str | None:
         "a null score": problem.null is not None,
         "dropout": problem.dropout_key is not None,
         "a boolean mask": mask.array is not None,
-        "segments": bool(mask.segments),
-        "ranges of queries by key": bool(by_key),
-        f"heads wider than {_WIDEST}": max(widths) > _WIDEST,
+        "two sets of segments": len(mask.segments) > 1,
+        f"heads wider than {_WIDEST[parts]}": max(widths) > _WIDEST[parts],
         "types that differ, or are not bfloat16, float16 or float32": len(types) > 1
         or not types <= set(_PARTS),
     }
@@ -79,8 +81,14 @@ def _plan(inputs: Inputs, rest: Problem) -> Plan:
         out_dtype=dtype,
         parts=count,
         interpreted=interpreted(),
+        by_key=_is_by_key(rest.mask),
         with_support=rest.with_stats,
     )
+
+
+def _is_by_key(mask: Mask) -> bool:
+    ranges = mask.query_start, mask.query_stop
+    return bool(mask.segments) or any(x is not None and x.shape[1] > 1 for x in ranges)
 
 
 def _forward(inputs: Inputs, rest: Problem):
@@ -134,13 +142,10 @@ def _uniform(value, inputs: Inputs, rest: Problem) -> Float[Array, "B T N V"]:
 
 def _stats(inputs: Inputs, rest: Problem, found: Found) -> Stats:
     plan = _plan(inputs, rest)
-    cut, total, _, _, support = unpack(plan, found.rows)[..., : plan.queries]
-    ranges = Ranges.of(rest.mask, plan)
-    limits = ranges.limits
-    keys = (limits[:, :, 1] - limits[:, :, 0]).reshape(plan.batch, 1, -1)[..., : plan.queries]
-    alive = keys > 0
+    cut, total, _, seen, support = unpack(plan, found.rows)[..., : plan.queries]
+    alive = seen > 0 if plan.rule is Fixed else cut > LOWEST
     threshold = jnp.where(alive, cut * plan.order, jnp.inf)
-    support = jnp.where(alive & (total <= 0), keys, support.astype(jnp.int32))
+    support = jnp.where(alive & (total <= 0), seen, support).astype(jnp.int32)
     residual = jnp.zeros_like(cut)
     if plan.rule is Adaptive:
         residual = jnp.where(alive, _residual(plan, inputs, total), 0)
@@ -171,9 +176,11 @@ def _backward(inputs: Inputs, rest: Problem, found: Found, dout) -> Inputs:
     query = _seen(inputs.query, ranges)
     operands = [parts(plan, x) for x in (query, inputs.key, inputs.value, dout)]
     rows = pack(plan, steep, cut, scale, mean, away, best)
-    dquery, dkey, dvalue, dsteep = backward(plan, *operands, rows, found.live, ranges)
+    dquery, dkey, dvalue, sums = backward(plan, *operands, rows, found.live, ranges)
     dvalue = dvalue[..., :value_width]
-    dscale, dcut = (x[..., : plan.queries] for x in (dsteep / plan.order, -away))
+    # Scores are z = scale q.k, and q.k = y / steep.
+    dscale = jnp.where(steep != 0, sums[0] / jnp.where(steep != 0, steep, 1), 0)
+    dscale, dcut = (x[..., : plan.queries] for x in (dscale, -sums[1]))
     if plan.rule is Fixed:
         empty = _without_weight(plan, found, ranges)
         dvalue = jax.lax.cond(

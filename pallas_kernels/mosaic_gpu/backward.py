@@ -16,19 +16,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from kreg.bandwidth import Adaptive, Anchored
+from kreg.bandwidth import Anchored, Fixed
 from pallas_kernels.mosaic_gpu.operands import Ranges, turned, unpack
 from pallas_kernels.mosaic_gpu.plan import TILE, WORD, Plan, words
 from pallas_kernels.mosaic_gpu.tiles import (
     COLUMNS,
     GRID,
     ROWS,
+    Seen,
     across,
     add_product,
     fetch,
     filled,
     integer,
-    masked,
     operand,
     power,
     product,
@@ -39,6 +39,7 @@ from pallas_kernels.mosaic_gpu.tiles import (
     zeros,
 )
 
+_WIDEST = 128
 # What is given of every row.
 GIVEN = ("steep", "cut", "scale", "mean", "away", "best")
 
@@ -52,24 +53,32 @@ def backward(
     rows: Float[Array, "B N I 6 64"],
     live: Int[Array, "B N I W"],
     ranges: Ranges,
-) -> tuple[Array, Array, Array, Float[Array, "B N T'"]]:
-    """Runs both kernels; returns the gradients of query, key, value and of r times `steep`."""
-    arrays = query, key, value, dout, rows, ranges.limits, ranges.bounds
-    dquery, dsteep = _query_kernel(plan)(*arrays, live)
-    dkey, dvalue = _key_kernel(plan)(*arrays, turned(plan, live))
-    return dquery, dkey, dvalue, unpack(plan, dsteep)[0]
+) -> tuple[Array, Array, Array, Float[Array, "2 B N T'"]]:
+    """Runs both kernels; returns the gradients of query, key and value, and two sums of every row.
+
+    With dz what flows back to its scores: the sums of dz y and, under `Fixed`, of dz.
+    """
+    arrays = query, key, value, dout, rows, *ranges
+    dquery, sums = _query_kernel(plan)(*arrays, live)
+    arrays = *arrays, turned(plan, live)
+    if max(plan.width, plan.value_width) <= _WIDEST:
+        dkey, dvalue = _key_kernel(plan, True, True)(*arrays)
+    else:
+        # One after the other: registers do not hold both.
+        (dkey,) = _key_kernel(plan, True, False)(*arrays)
+        (dvalue,) = _key_kernel(plan, False, True)(*arrays)
+    return dquery, dkey, dvalue, unpack(plan, sums)
 
 
 def _query_kernel(plan: Plan) -> Callable:
     both = plan.width + plan.value_width
-    stages = plan.stages(both, once=both, more=4 * (plan.tiles + 10 * TILE))
-    ready = plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages)
+    stages = plan.stages(both, once=both, more=4 * (plan.tiles + 22 * TILE))
     grid = plan.batch, plan.heads, plan.blocks
     return plgpu.kernel(
         lambda *refs: _OfQueries(plan, stages, *refs).run(),
         out_type=[
             _gradient(plan, plan.queries, plan.heads, plan.width),
-            jax.ShapeDtypeStruct((*grid, 1, TILE), jnp.float32),
+            jax.ShapeDtypeStruct((*grid, 2, TILE), jnp.float32),
         ],
         grid=grid[::-1],
         grid_names=("block", "head", "batch"),
@@ -82,28 +91,26 @@ def _query_kernel(plan: Plan) -> Callable:
             operand(plan, plan.value_width, stages),
             result(plan),
             plgpu.SMEM((len(GIVEN), TILE), jnp.float32),
-            plgpu.SMEM((2, TILE), jnp.int32),
-            plgpu.SMEM((1, TILE), jnp.float32),
+            plgpu.SMEM((3, TILE), jnp.int32),
+            plgpu.SMEM((stages, 3, TILE), jnp.int32),
+            plgpu.SMEM((2, TILE), jnp.float32),
             plgpu.SMEM((max(plan.tiles, 4),), jnp.int32),
             plgpu.Barrier(num_arrivals=2 * plan.parts + 2),
-            ready,
-            ready,
+            plgpu.Barrier(num_arrivals=plan.parts + plan.by_key, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
             *staging(plan),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
     )
 
 
-def _key_kernel(plan: Plan) -> Callable:
+def _key_kernel(plan: Plan, of_key: bool, of_value: bool) -> Callable:
     both = plan.width + plan.value_width
-    stages = plan.stages(both, once=both, more=4 * (plan.blocks + 36 * TILE))
-    ready = plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages)
+    stages = plan.stages(both, once=both, more=4 * (plan.blocks + 40 * TILE))
+    widths = [plan.width] * of_key + [plan.value_width] * of_value
     return plgpu.kernel(
-        lambda *refs: _OfKeys(plan, stages, *refs).run(),
-        out_type=[
-            _gradient(plan, plan.keys, plan.key_heads, plan.width),
-            _gradient(plan, plan.keys, plan.key_heads, plan.value_width),
-        ],
+        lambda *refs: _OfKeys(plan, stages, of_key, of_value, *refs).run(),
+        out_type=[_gradient(plan, plan.keys, plan.key_heads, width) for width in widths],
         grid=(plan.tiles, plan.key_heads, plan.batch),
         grid_names=("tile", "head", "batch"),
         num_threads=1,
@@ -115,11 +122,12 @@ def _key_kernel(plan: Plan) -> Callable:
             operand(plan, plan.value_width, stages),
             result(plan),
             plgpu.SMEM((stages, len(GIVEN), TILE), jnp.float32),
-            plgpu.SMEM((stages, 2, TILE), jnp.int32),
+            plgpu.SMEM((stages, 3, TILE), jnp.int32),
+            plgpu.SMEM((3, TILE), jnp.int32),
             plgpu.SMEM((max(plan.blocks, 4),), jnp.int32),
-            plgpu.Barrier(num_arrivals=2 * plan.parts),
+            plgpu.Barrier(num_arrivals=2 * plan.parts + plan.by_key),
             plgpu.Barrier(num_arrivals=plan.parts + 2, num_barriers=stages),
-            ready,
+            plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
             *staging(plan),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
@@ -163,10 +171,10 @@ class _OfQueries:
 
     def __init__(self, plan: Plan, stages: int, *refs):
         self.plan, self.stages = plan, stages
-        (self.queries, self.keys, self.values, self.douts, self.rows, self.limits, self.bounds,
-         self.live, self.to, self.steep_to, self.query, self.dout, self.key, self.value, self.out,
-         self.row, self.limit, self.dsteep, self.list, self.ready, self.key_ready,
-         self.value_ready, *staged) = refs  # fmt: skip
+        (self.queries, self.keys, self.values, self.douts, self.rows, self.limits, self.by_keys,
+         self.bounds, self.live, self.to, self.sums_to, self.query, self.dout, self.key,
+         self.value, self.out, self.row, self.limit, self.by_key, self.sums, self.list,
+         self.ready, self.key_ready, self.value_ready, *staged) = refs  # fmt: skip
         self.staged = staged[0] if staged else None
         self.block = plan.blocks - 1 - lax.axis_index("block")
         self.head, self.batch = lax.axis_index("head"), lax.axis_index("batch")
@@ -186,14 +194,9 @@ class _OfQueries:
         self.numbers = {
             name: plgpu.load(self.row.at[i], layout=ROWS) for i, name in enumerate(GIVEN)
         }
-        carry = zeros(plan.width), filled(0.0)
-        total, dsteep = stream(
-            count, self.stages, lambda t: self.list[t], self._begin, self._step, carry
-        )
-        self._store(total, dsteep)
-
-    def _limits(self):
-        return [plgpu.load(self.limit.at[i], layout=ROWS) for i in range(2)]
+        carry = zeros(plan.width), filled(0.0), filled(0.0)
+        found = stream(count, self.stages, lambda t: self.list[t], self._begin, self._step, carry)
+        self._store(*found)
 
     def _begin(self, j, slot) -> None:
         for source, into, ready in (
@@ -202,28 +205,33 @@ class _OfQueries:
         ):
             into, ready = into.at[slot], ready.at[slot]
             fetch(self.plan, source, self.batch, j * TILE, self.key_head, into, ready)
+        if self.plan.by_key:
+            numbers = self.by_keys.at[self.batch, j]
+            plgpu.copy_gmem_to_smem(numbers, self.by_key.at[slot], self.key_ready.at[slot])
 
     def _step(self, j, slot, carry):
-        plan, (total, dsteep) = self.plan, carry
+        plan, (total, *sums) = self.plan, carry
         plgpu.barrier_wait(self.key_ready.at[slot])
         y = product(plan, self.query, self.key.at[slot].transpose((0, 2, 1)))
-        y = masked(y * across(self.numbers["steep"]), j, self._limits, self.bound)
+        seen = Seen(plan, self.block, j, self.bound, self.limit, self.by_key.at[slot])
+        y = seen.masked(y * across(self.numbers["steep"]))
         x = jnp.maximum(y - across(self.numbers["cut"]), 0)
         plgpu.barrier_wait(self.value_ready.at[slot])
         dp = product(plan, self.dout, self.value.at[slot].transpose((0, 2, 1)))
         dz = _pulled(plan, x, dp, lambda name: across(self.numbers[name]), j * TILE, 0)
-        # Of scores y = cut + x where there is weight; the weights' changes sum to 0 under Adaptive.
-        dsteep = dsteep + jnp.sum(dz * x, axis=1)
-        if plan.rule is not Adaptive:
-            dsteep = dsteep + jnp.sum(dz, axis=1) * self.numbers["cut"]
-        return add_product(plan, total, dz, self.key.at[slot], self.staged), dsteep
+        # Keys with weight have y = x + cut; those without may have y = -inf.
+        sums[0] = sums[0] + jnp.sum(dz * (x + across(self.numbers["cut"])), axis=1)
+        if plan.rule is Fixed:
+            sums[1] = sums[1] + jnp.sum(dz, axis=1)
+        return add_product(plan, total, dz, self.key.at[slot], self.staged), *sums
 
-    def _store(self, total, dsteep) -> None:
+    def _store(self, total, *sums) -> None:
         plan, steep = self.plan, self.numbers["steep"]
-        self.dsteep.at[0][...] = dsteep * plan.order / steep
+        for i, numbers in enumerate(sums):
+            self.sums.at[i][...] = numbers
         plgpu.commit_smem()
         at = self.batch, self.head, self.block
-        plgpu.copy_smem_to_gmem(self.dsteep, self.steep_to.at[at])
+        plgpu.copy_smem_to_gmem(self.sums, self.sums_to.at[at])
         rows = pl.ds(self.block * TILE, TILE)
         total = total * across(steep * plan.order, plan.width)
         put(total, self.out, self.to.at[self.batch, rows, self.head])
@@ -232,12 +240,13 @@ class _OfQueries:
 class _OfKeys:
     """The gradients of one tile of keys and values, of all heads that share them."""
 
-    def __init__(self, plan: Plan, stages: int, *refs):
-        self.plan, self.stages = plan, stages
-        (self.queries, self.keys, self.values, self.douts, self.rows, self.limits, self.bounds,
-         self.live, self.key_to, self.value_to, self.key, self.value, self.query, self.dout,
-         self.out, self.row, self.limit, self.list, self.ready, self.query_ready,
-         self.dout_ready, *staged) = refs  # fmt: skip
+    def __init__(self, plan: Plan, stages: int, of_key: bool, of_value: bool, *refs):
+        self.plan, self.stages, self.of_key, self.of_value = plan, stages, of_key, of_value
+        (self.queries, self.keys, self.values, self.douts, self.rows, self.limits, self.by_keys,
+         self.bounds, self.live, *refs) = refs  # fmt: skip
+        self.to, refs = refs[: of_key + of_value], refs[of_key + of_value :]
+        (self.key, self.value, self.query, self.dout, self.out, self.row, self.limit, self.by_key,
+         self.list, self.ready, self.query_ready, self.dout_ready, *staged) = refs  # fmt: skip
         self.staged = staged[0] if staged else None
         self.tile, self.batch = lax.axis_index("tile"), lax.axis_index("batch")
         self.key_head = lax.axis_index("head")
@@ -246,12 +255,15 @@ class _OfKeys:
         plan, start = self.plan, self.tile * TILE
         fetch(plan, self.keys, self.batch, start, self.key_head, self.key, self.ready)
         fetch(plan, self.values, self.batch, start, self.key_head, self.value, self.ready)
+        if plan.by_key:
+            numbers = self.by_keys.at[self.batch, self.tile]
+            plgpu.copy_gmem_to_smem(numbers, self.by_key, self.ready)
         plgpu.barrier_wait(self.ready)
-        carry = zeros(plan.width), zeros(plan.value_width)
-        dkey, dvalue = lax.fori_loop(integer(0), integer(plan.share), self._head, carry)
+        carry = (zeros(plan.width),) * self.of_key + (zeros(plan.value_width),) * self.of_value
+        found = lax.fori_loop(integer(0), integer(plan.share), self._head, carry)
         rows = self.batch, pl.ds(start, TILE), self.key_head
-        put(dkey, self.out, self.key_to.at[rows])
-        put(dvalue, self.out, self.value_to.at[rows])
+        for x, to in zip(found, self.to, strict=True):
+            put(x, self.out, to.at[rows])
 
     def _head(self, i, carry):
         """Adds what flows back from the queries of one head."""
@@ -271,23 +283,24 @@ class _OfKeys:
         return stream(count, self.stages, lambda t: self.list[t], begin, self._step, carry)
 
     def _step(self, block, slot, carry):
-        plan, (dkey, dvalue) = self.plan, carry
+        plan, found = self.plan, list(carry)
 
         # Numbers of columns take many registers: they are loaded where they are needed.
         def number(name):
             return across(plgpu.load(self.row.at[slot, GIVEN.index(name)], layout=COLUMNS), axis=1)
 
-        def limits():
-            return [plgpu.load(self.limit.at[slot, i], layout=COLUMNS) for i in range(2)]
-
         plgpu.barrier_wait(self.query_ready.at[slot])
         bounds = [self.bounds[self.batch, block, i] for i in range(4)]
         y = product(plan, self.key, self.query.at[slot].transpose((0, 2, 1)))
-        y = masked(y * number("steep"), self.tile, limits, bounds, axis=1)
-        x = jnp.maximum(y - number("cut"), 0)
+        seen = Seen(plan, block, self.tile, bounds, self.limit.at[slot], self.by_key, axis=1)
+        x = jnp.maximum(seen.masked(y * number("steep")) - number("cut"), 0)
         plgpu.barrier_wait(self.dout_ready.at[slot])
-        p = power(x, plan.order) * number("scale")
-        dvalue = add_product(plan, dvalue, p, self.dout.at[slot], self.staged)
-        dp = product(plan, self.value, self.dout.at[slot].transpose((0, 2, 1)))
-        dz = _pulled(plan, x, dp, number, self.tile * TILE, 1) * (number("steep") * plan.order)
-        return add_product(plan, dkey, dz, self.query.at[slot], self.staged), dvalue
+        if self.of_value:
+            p = power(x, plan.order) * number("scale")
+            found[-1] = add_product(plan, found[-1], p, self.dout.at[slot], self.staged)
+        if self.of_key:
+            dp = product(plan, self.value, self.dout.at[slot].transpose((0, 2, 1)))
+            dz = _pulled(plan, x, dp, number, self.tile * TILE, 1)
+            dz = dz * (number("steep") * plan.order)
+            found[0] = add_product(plan, found[0], dz, self.query.at[slot], self.staged)
+        return tuple(found)

@@ -6,6 +6,7 @@ Newton's steps on the norm and drop tiles that it has left behind; the last aver
 the tiles that are left. The bound never passes the threshold: a tile that is dropped has no weight.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -15,20 +16,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from kreg.bandwidth import Adaptive, Anchored
+from kreg.bandwidth import Adaptive, Anchored, Fixed
 from pallas_kernels.mosaic_gpu.operands import Ranges
 from pallas_kernels.mosaic_gpu.plan import TILE, WORD, Plan, words
 from pallas_kernels.mosaic_gpu.tiles import (
     GRID,
     LOWEST,
     ROWS,
+    Seen,
     across,
     add_product,
     fetch,
     filled,
     integer,
     inverse,
-    masked,
     operand,
     power,
     product,
@@ -42,10 +43,12 @@ from pallas_kernels.mosaic_gpu.tiles import (
 )
 
 _MOST_PASSES = 30
+_WIDEST = 128
 # Steps of the bound below which it counts as found, in units of y; the last step is still made.
 _HALF_STEP, _FULL_STEP = 2.0**-10, 2.0**-22
 
-# What is given and what is found of every row.
+# What is given and what is found of every row: its threshold in units of y, the sums of the powers
+# r and r - 1, its best key (under `Fixed` how many it sees, if that is asked), keys with weight.
 GIVEN = ("steep", "cut")
 FOUND = ("cut", "total", "slope", "best", "support")
 
@@ -74,7 +77,9 @@ def forward(
     ranges: Ranges,
 ) -> Found:
     """Runs the kernel; `rows` are those named in GIVEN, y = steep q.k."""
-    lists = 4 * (plan.tiles + 16 * TILE)
+    if plan.value_width > _WIDEST:
+        return _by_columns(plan, query, key, value, rows, ranges)
+    lists = 4 * (plan.tiles + 32 * TILE)
     stages = plan.stages(plan.width + plan.value_width, once=plan.width, more=lists)
     grid = plan.batch, plan.heads, plan.blocks
     out = jax.ShapeDtypeStruct(
@@ -98,18 +103,30 @@ def forward(
             operand(plan, plan.value_width, stages),
             result(plan),
             plgpu.SMEM((len(GIVEN), TILE), jnp.float32),
-            plgpu.SMEM((2, TILE), jnp.int32),
+            plgpu.SMEM((3, TILE), jnp.int32),
+            plgpu.SMEM((stages, 3, TILE), jnp.int32),
             plgpu.SMEM((len(FOUND), TILE), jnp.float32),
             plgpu.SMEM((max(plan.tiles, 4),), jnp.int32),
             plgpu.SMEM((words(plan.tiles),), jnp.int32),
             plgpu.Barrier(num_arrivals=plan.parts + 2),
-            plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=plan.parts + plan.by_key, num_barriers=stages),
             plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
             *staging(plan),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
     )
-    return Found(*kernel(query, key, value, rows, ranges.limits, ranges.bounds))
+    return Found(*kernel(query, key, value, rows, *ranges))
+
+
+def _by_columns(plan: Plan, query, key, value, rows, ranges: Ranges) -> Found:
+    """Takes wide values in parts: registers hold sums of so many columns."""
+    found = []
+    for first in range(0, plan.value_width, _WIDEST):
+        some = value[..., first : first + _WIDEST]
+        part = dataclasses.replace(plan, value_width=some.shape[-1])
+        found.append(forward(part, query, key, some, rows, ranges))
+    out, lower = (jnp.concatenate(x, axis=-1) for x in zip(*(f[:2] for f in found), strict=True))
+    return found[0]._replace(out=out, lower=lower)
 
 
 class _Program:
@@ -117,11 +134,12 @@ class _Program:
 
     def __init__(self, plan: Plan, stages: int, *refs):
         self.plan, self.stages = plan, stages
-        given, refs = refs[:6], refs[6:]
-        self.queries, self.keys, self.values, self.rows, self.limits, self.bounds = given
+        (self.queries, self.keys, self.values, self.rows, self.limits, self.by_keys, self.bounds,
+         *refs) = refs  # fmt: skip
         self.outs, refs = refs[:4], refs[4:]
-        (self.query, self.key, self.value, self.out, self.row, self.limit, self.found, self.list,
-         self.words, self.ready, self.key_ready, self.value_ready, *staged) = refs  # fmt: skip
+        (self.query, self.key, self.value, self.out, self.row, self.limit, self.by_key, self.found,
+         self.list, self.words, self.ready, self.key_ready, self.value_ready,
+         *staged) = refs  # fmt: skip
         self.staged = staged[0] if staged else None
         # From the last block on: under a causal mask it is the longest.
         self.block = plan.blocks - 1 - lax.axis_index("block")
@@ -160,9 +178,6 @@ class _Program:
         plgpu.barrier_wait(self.ready)
         self.steep = plgpu.load(self.row.at[0], layout=ROWS)
 
-    def _limits(self):
-        return [plgpu.load(self.limit.at[i], layout=ROWS) for i in range(2)]
-
     def _nearest(self, t):
         """Tiles by themselves, the last ones first: they are the nearest under a causal mask."""
         return self.stop - 1 - t
@@ -173,6 +188,9 @@ class _Program:
     def _stream(self, count, tile, step, carry, with_values: bool = False):
         def begin(j, slot):
             self._fetch(self.keys, j, slot, self.key, self.key_ready)
+            if self.plan.by_key:
+                numbers = self.by_keys.at[self.batch, j]
+                plgpu.copy_gmem_to_smem(numbers, self.by_key.at[slot], self.key_ready.at[slot])
             if with_values:
                 self._fetch(self.values, j, slot, self.value, self.value_ready)
 
@@ -185,7 +203,8 @@ class _Program:
     def _scores(self, j, slot) -> Float[Array, "64 64"]:
         plgpu.barrier_wait(self.key_ready.at[slot])
         y = product(self.plan, self.query, self.key.at[slot].transpose((0, 2, 1)))
-        return masked(y * across(self.steep), j, self._limits, self.bound)
+        seen = Seen(self.plan, self.block, j, self.bound, self.limit, self.by_key.at[slot])
+        return seen.masked(y * across(self.steep))
 
     def _bound(self):
         """Bounds the thresholds from below, and lists the tiles that reach above."""
@@ -272,9 +291,14 @@ class _Program:
     def _average(self, cut, best, count, tile) -> None:
         """Averages the values above the thresholds, and notes which tiles have any."""
         plan = self.plan
+        counts = plan.rule is Fixed and plan.with_support
 
         def step(j, slot, carry):
-            x = jnp.maximum(self._scores(j, slot) - across(cut), 0)
+            *carry, seen = carry
+            y = self._scores(j, slot)
+            if counts:
+                seen = seen + jnp.sum(jnp.where(y > -jnp.inf, 1.0, 0.0), axis=1)
+            x = jnp.maximum(y - across(cut), 0)
             plgpu.barrier_wait(self.value_ready.at[slot])
 
             def add(out, lower, total, slope, support):
@@ -288,12 +312,12 @@ class _Program:
                 total, slope = total + jnp.sum(p, axis=1), slope + jnp.sum(u, axis=1)
                 return out, lower, total, slope, support
 
-            return lax.cond(some_above(x), add, lambda *carry: carry, *carry)
+            return *lax.cond(some_above(x), add, lambda *carry: carry, *carry), seen
 
         nothing = zeros(plan.value_width)
-        carry = nothing, nothing, filled(0.0), filled(0.0), filled(0.0)
-        out, lower, total, slope, support = self._stream(count, tile, step, carry, True)
-        self._store(out, lower, cut, total, slope, best, support)
+        carry = nothing, nothing, filled(0.0), filled(0.0), filled(0.0), filled(0.0)
+        out, lower, total, slope, support, seen = self._stream(count, tile, step, carry, True)
+        self._store(out, lower, cut, total, slope, seen if counts else best, support)
 
     def _note(self, j) -> None:
         word, bit = lax.div(j, integer(WORD)), lax.rem(j, integer(WORD))

@@ -4,39 +4,79 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kreg.masks import Mask
 from pallas_kernels.mosaic_gpu.plan import TILE, Plan, words
 
 
 class Ranges(NamedTuple):
-    """Which keys each query may see: [low, high), and what blocks of queries make of that.
+    """Which keys each query may see: those in [low, high) that, by their own numbers, see it too.
 
-    limits: low and high of every query of a block.
+    limits: low, high and segment of every query of a block.
+    by_key: first query, end of queries and segment of every key of a tile.
     bounds: first tile and end of those that any query of a block sees; first and end of those that
         all of them see whole.
     """
 
-    limits: Int[Array, "B I 2 64"]
+    limits: Int[Array, "B I 3 64"]
+    by_key: Int[Array, "B J 3 64"]
     bounds: Int[Array, "B I 4"]
 
     @classmethod
     def of(cls, mask: Mask, plan: Plan) -> "Ranges":
-        low, high = _row_ranges(mask, plan)
-        low, high = (x.reshape(plan.batch, plan.blocks, TILE) for x in (low, high))
+        low, high = (_blocked(x, plan.blocks) for x in _row_ranges(mask, plan))
         some = high > low
         first = jnp.min(jnp.where(some, low, plan.keys), axis=-1) // TILE
         stop = -(-jnp.max(jnp.where(some, high, 0), axis=-1) // TILE)
         full = -(-jnp.max(low, axis=-1) // TILE), jnp.min(high, axis=-1) // TILE
-        bounds = jnp.stack([jnp.minimum(first, stop), stop, *full], axis=-1)
-        return cls(jnp.stack([low, high], axis=2), bounds.astype(jnp.int32))
+        if plan.by_key:
+            tiles = mask.tiles(plan.queries, plan.keys, TILE, TILE)[:, 0]
+            (first, stop), full = (_run(tiles > 0, True), _run(tiles > 1, False))
+        bounds = jnp.stack(jnp.broadcast_arrays(jnp.minimum(first, stop), stop, *full), axis=-1)
+        segments, by_key = _by_key(mask, plan)
+        return cls(
+            jnp.stack([low, high, segments], axis=2),
+            by_key,
+            jnp.broadcast_to(bounds, (plan.batch, *bounds.shape[1:])).astype(jnp.int32),
+        )
 
     @property
     def empty(self) -> Array:
-        """Which queries see nothing, [B, T']."""
+        """Which queries see nothing by their own numbers, [B, T']."""
         low, high = self.limits[:, :, 0], self.limits[:, :, 1]
         return (high <= low).reshape(low.shape[0], -1)
+
+
+def _blocked(x: Int[Array, "#B L"], count: int) -> Int[Array, "B I 64"]:
+    return x.reshape(x.shape[0], count, TILE)
+
+
+def _run(tiles: Bool[Array, "#B I J"], widest: bool) -> tuple[Array, Array]:
+    """First and end of the tiles that are True; where others lie between, of all or of none."""
+    count, last = jnp.sum(tiles, axis=-1), tiles.shape[-1]
+    first = jnp.argmax(tiles, axis=-1)
+    stop = jnp.where(count > 0, last - jnp.argmax(tiles[..., ::-1], axis=-1), first)
+    return first, stop if widest else jnp.where(stop - first == count, stop, first)
+
+
+def _by_key(mask: Mask, plan: Plan) -> tuple[Array, Int[Array, "B J 3 64"]]:
+    """Segments of queries, [B, I, 64], and what keys say of queries."""
+    rows, columns = plan.blocks * TILE, plan.tiles * TILE
+
+    def full(x, size):
+        x = jnp.asarray(x, jnp.int32)
+        x = jnp.broadcast_to(x, (plan.batch, x.shape[-1]))
+        if x.shape[1] == 1:
+            return jnp.broadcast_to(x, (plan.batch, size))
+        return jnp.pad(x, ((0, 0), (0, size - x.shape[1])))
+
+    pair = mask.segments[0] if mask.segments else ([[0]], [[0]])
+    start = [[0]] if mask.query_start is None else mask.query_start
+    stop = [[plan.queries]] if mask.query_stop is None else mask.query_stop
+    by_key = jnp.stack([full(x, columns) for x in (start, stop, pair[1])], axis=1)
+    by_key = jnp.swapaxes(by_key.reshape(plan.batch, 3, plan.tiles, TILE), 1, 2)
+    return _blocked(full(pair[0], rows), plan.blocks), by_key
 
 
 def _row_ranges(mask: Mask, plan: Plan) -> tuple[Array, Array]:
@@ -58,10 +98,10 @@ def _row_ranges(mask: Mask, plan: Plan) -> tuple[Array, Array]:
         low = jnp.maximum(low, rows(mask.key_start))
     if mask.key_stop is not None:
         high = jnp.minimum(high, rows(mask.key_stop))
-    # These are by key, and here only where they are the same for all keys.
-    if mask.query_start is not None:
+    # These are by key, and of queries where they are the same for all keys.
+    if mask.query_start is not None and mask.query_start.shape[1] == 1:
         high = jnp.where(i >= rows(mask.query_start), high, 0)
-    if mask.query_stop is not None:
+    if mask.query_stop is not None and mask.query_stop.shape[1] == 1:
         high = jnp.where(i < rows(mask.query_stop), high, 0)
     some = high > low
     return jnp.where(some, low, 0), jnp.where(some, high, 0)
@@ -102,11 +142,11 @@ def parts(plan: Plan, x: Float[Array, "B T N H"]) -> Float[Array, "P B T N H'"]:
 
 def turned(plan: Plan, live: Int[Array, "B N I W"]) -> Int[Array, "B N J V"]:
     """Turns the map of live tiles, bits of keys by block of queries, the other way around."""
-    bits = jnp.arange(32, dtype=jnp.uint32)
-    x = live.astype(jnp.uint32)[..., None] >> bits & 1
+    x = live.astype(jnp.uint32)[..., None]
+    x = x >> lax.broadcasted_iota(jnp.uint32, (*live.shape, 32), 4) & 1
     x = x.reshape(*live.shape[:3], -1)[..., : plan.tiles]
     count = words(plan.blocks)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, count * 32 - plan.blocks), (0, 0)))
     x = x.reshape(plan.batch, plan.heads, count, 32, plan.tiles)
-    x = jnp.sum(x << bits[:, None], axis=3, dtype=jnp.uint32)
+    x = jnp.sum(x << lax.broadcasted_iota(jnp.uint32, x.shape, 3), axis=3, dtype=jnp.uint32)
     return jnp.swapaxes(x, 2, 3).astype(jnp.int32)

@@ -27,6 +27,7 @@ class Plan:
     dtype: of the operands of products: float32 inputs are sums of `parts` bfloat16 ones.
     interpreted: whether the kernel is to be run by the interpreter, which knows of no products of
         registers and of no sums that go on in an accumulator.
+    by_key: whether keys have numbers of their own that say which queries see them.
     with_support: whether keys with weight are counted.
     """
 
@@ -43,6 +44,7 @@ class Plan:
     out_dtype: Any
     parts: int
     interpreted: bool
+    by_key: bool
     with_support: bool
 
     @property

@@ -7,6 +7,7 @@ y = z / r: the threshold of a row is then between its best score less one, and i
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -135,23 +136,46 @@ def add_product(plan: Plan, total, left: Float[Array, "64 64"], right, staged) -
     return total
 
 
-def inside(key, low, high, axis: int) -> Array:
-    """Says of a tile whose first key is given which keys the queries see; queries along `axis`."""
-    keys = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1 - axis, layout=GRID) + key
-    return (keys >= across(low, axis=axis)) & (keys < across(high, axis=axis))
+class Seen(NamedTuple):
+    """What says which keys of a tile a block of queries sees; queries are along `axis`.
 
-
-def masked(y: Array, tile, limits: Callable, bounds, axis: int = 0) -> Array:
-    """Scores of keys that are not seen become -inf; most tiles are seen whole.
-
-    limits: gives the rows' low and high, where they are needed.
+    limits: shared memory with the numbers of queries; by_key: with those of keys.
     """
 
-    def some(y):
-        return jnp.where(inside(tile * TILE, *limits(), axis), y, -jnp.inf)
+    plan: Plan
+    block: Array
+    tile: Array
+    bounds: list[Array]
+    limits: Any
+    by_key: Any
+    axis: int = 0
 
-    full = (tile >= bounds[2]) & (tile < bounds[3])
-    return lax.cond(full, lambda y: y, some, y)
+    def masked(self, y: Array) -> Array:
+        """Scores of keys that are not seen become -inf; most tiles are seen whole."""
+        full = (self.tile >= self.bounds[2]) & (self.tile < self.bounds[3])
+        return lax.cond(full, lambda y: y, lambda y: jnp.where(self._where(), y, -jnp.inf), y)
+
+    def _where(self) -> Array:
+        keys = self._index(1 - self.axis) + self.tile * TILE
+        where = (keys >= self._row(0)) & (keys < self._row(1))
+        if self.plan.by_key:
+            queries = self._index(self.axis) + self.block * TILE
+            where = where & (queries >= self._key(0)) & (queries < self._key(1))
+            where = where & (self._row(2) == self._key(2))
+        return where
+
+    def _index(self, axis: int) -> Array:
+        return plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=GRID)
+
+    def _row(self, i: int) -> Array:
+        return self._along(self.limits.at[i], self.axis)
+
+    def _key(self, i: int) -> Array:
+        return self._along(self.by_key.at[i], 1 - self.axis)
+
+    def _along(self, numbers, axis: int) -> Array:
+        layout = COLUMNS if axis else ROWS
+        return across(plgpu.load(numbers, layout=layout), axis=axis)
 
 
 def power(x: Array, exponent: float) -> Array:

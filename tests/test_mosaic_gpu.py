@@ -1,0 +1,157 @@
+"""The kernels for Hopper, run by Pallas' interpreter on CPU: the contract, and what they decline.
+
+The interpreter simulates copies and barriers and detects races; memory that nobody has written
+holds NaN. It takes seconds a case, so shapes are of one to three blocks of 64 queries and tiles of
+64 keys.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from attention_inputs import Shape
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from test_contract import (
+    CAUSAL,
+    Case,
+    Structure,
+    build,
+    check_gradients,
+    check_output,
+    check_stats,
+)
+
+import kreg
+
+interpreted = functools.partial(
+    plgpu.force_gpu_interpret_mode, plgpu.InterpretGPUParams(detect_races=True)
+)
+SMALL = {"B": 1, "N": 2, "K": 1, "H": 16, "V": 16}
+STRUCTURES = {
+    "biweight": Structure(Shape(T=70, S=140, **SMALL), dtype="bfloat16"),
+    "causal": Structure(Shape(T=140, S=140, **SMALL), dtype="bfloat16", options=CAUSAL),
+    "float32": Structure(Shape(T=70, S=70, **SMALL), options=CAUSAL | {"causal_offset": -1}),
+    "sparsemax": Structure(Shape(T=70, S=140, **SMALL), "epanechnikov", dtype="float16"),
+    "anchored": Structure(Shape(T=70, S=140, **SMALL), "epanechnikov", "anchored"),
+    "fixed": Structure(Shape(T=70, S=140, **SMALL), "biweight", "fixed"),
+}
+MORE = {
+    "triweight": Structure(
+        Shape(B=2, T=63, S=129, N=4, K=2, H=64, V=128), "triweight", dtype="bfloat16"
+    ),
+    "order 4": Structure(Shape(T=65, S=65, **SMALL), "order4", dtype="bfloat16", options=CAUSAL),
+    "order 1.5": Structure(Shape(T=65, S=65, **SMALL), "order1.5"),
+    "window": Structure(
+        Shape(T=150, S=150, **SMALL), "biweight", options={"local_window_size": (9, 4)}
+    ),
+    "anchored biweight": Structure(
+        Shape(T=65, S=65, **SMALL), "biweight", "anchored", "float16", CAUSAL
+    ),
+    "fixed causal": Structure(Shape(T=65, S=65, **SMALL), "epanechnikov", "fixed", options=CAUSAL),
+    "width 128": Structure(Shape(B=1, T=66, S=66, N=1, K=1, H=128, V=40), dtype="bfloat16"),
+    "width 256": Structure(Shape(B=1, T=66, S=66, N=1, K=1, H=256, V=256), dtype="bfloat16"),
+    "one key": Structure(Shape(B=2, T=3, S=1, N=1, K=1)),
+}
+ALL = STRUCTURES | MORE
+
+
+@functools.cache
+def compiled(name: str, implementation: str):
+    """Output, stats and the gradients of query, key, value and h."""
+    s = ALL[name]
+
+    @jax.jit
+    def run(query, key, value, cotangent, mask, h):
+        def attend(query, key, value, h):
+            return kreg.attention(
+                query, key, value, mask=mask,
+                implementation=implementation, return_stats=True, **s.arguments(h), **s.options,
+            )  # fmt: skip
+
+        out, pull, stats = jax.vjp(attend, query, key, value, h, has_aux=True)
+        return out, stats, dict(zip(("query", "key", "value", "h"), pull(cotangent), strict=True))
+
+    return run
+
+
+def computed(name: str, case: Case, implementation: str = "mosaic_gpu"):
+    dtype = ALL[name].dtype
+    arrays = [jnp.asarray(x, "float32").astype(dtype) for x in case.arrays]
+    h = jnp.full((1, 1, 1, 1), 1.0)
+    mask = kreg.Mask(**{k: jax.tree.map(jnp.asarray, v) for k, v in case.mask.items()})
+    with interpreted():
+        found = compiled(name, implementation)(*arrays, mask, h)
+        return jax.tree.map(
+            lambda x: np.asarray(x.astype("float32") if x.dtype == dtype else x), found
+        )
+
+
+def drawn(s: Structure, seed: int, spread: float = 1.0, parts: int = 0, ties: bool = False) -> Case:
+    """A case without bias and without a boolean array; masks that are neutral are left out."""
+    case = build(s, seed, spread, 0.5, parts & ~3, ties)
+    names = {4: ("key_start", "key_stop"), 8: ("query_start", "query_stop"), 16: ("segment_ids",),
+             32: ("query_seq_lengths", "key_value_seq_lengths")}  # fmt: skip
+    mask = {name: case.mask[name] for bit, part in names.items() if parts & bit for name in part}
+    return Case(case.arrays, case.bias, mask, case.where)
+
+
+def check(name: str, case: Case, ties: bool = False) -> None:
+    s = ALL[name]
+    clean = [np.where(np.isfinite(x), x, 0) for x in case.arrays]
+    scale = 1.0 if s.rule == "fixed" else None
+    want = oracle.attention(
+        *clean[:3], case.bias, case.where, order=s.cell.order, rule=s.cell.rule, scale=scale
+    )
+    out, stats, gradients = computed(name, case)
+    check_output(s, case, clean[2], want, out)
+    check_stats(s, want, stats)
+    if not (ties and s.rule == "anchored"):
+        check_gradients(s, case, clean[3], want, gradients)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_kernels_keep_the_contract(name):
+    check(name, drawn(STRUCTURES[name], 1, 2.0, parts=32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [0, 4, 8 + 16, 63], ids=["plain", "ranges", "by key", "all"])
+@pytest.mark.parametrize("name", ALL)
+def test_kernels_keep_the_contract_under_every_mask(name, parts):
+    for spread, ties in [(0.0, False), (1.0, True), (30.0, False)]:
+        check(name, drawn(ALL[name], 2, spread, parts, ties), ties)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["causal", "float32"])
+def test_two_runs_agree_bit_by_bit(name):
+    case = drawn(ALL[name], 3, 1.0, 63)
+    jax.tree.map(np.testing.assert_array_equal, computed(name, case), computed(name, case))
+
+
+@pytest.mark.parametrize(
+    ("what", "arguments"),
+    [
+        ("Gaussian", {"kernel": kreg.gaussian}),
+        ("Nearest", {"bandwidth": kreg.Nearest(3)}),
+        ("order", {"kernel": kreg.Kernel(jnp.full((1, 1, 1, 1), 2.0))}),
+        ("bias", {"bias": jnp.zeros((1, 1, 4, 4))}),
+        ("soft cap", {"logits_soft_cap": 1.0}),
+        ("null score", {"null_score": 0.0}),
+        ("boolean mask", {"mask": jnp.ones((4, 4), bool)}),
+        ("dropout", {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}),
+        ("wider", {"width": 264}),
+        ("types", {"dtype": jnp.float64}),
+    ],
+)
+def test_what_is_declined_is_named(what, arguments):
+    arguments = dict(arguments)
+    width, dtype = arguments.pop("width", 8), arguments.pop("dtype", jnp.bfloat16)
+    with jax.enable_x64(dtype == jnp.float64):
+        x = jnp.ones((1, 4, 1, width), dtype)
+        with pytest.raises(NotImplementedError, match=what):
+            kreg.attention(x, x, x, implementation="mosaic_gpu", **arguments)
