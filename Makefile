@@ -9,7 +9,7 @@ PY = .venv/bin/python
 BOOTSTRAP = $(PYTHON) .ci/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow nightly bench core lint format figures hardware pins clean
+.PHONY: help demo test slow nightly bench core aot aot-oldest lint format figures hardware pins clean
 
 help:
 	@echo "kreg: attention as kernel regression. No set-up is needed: each command installs what it needs"
@@ -21,6 +21,7 @@ help:
 	@echo "  make test      the tests; one file: make test ARGS=tests/test_package.py; make slow: the rest"
 	@echo "  make lint      ruff and pyrefly; make format rewrites the files"
 	@echo "  make bench     kreg's speed beside jax.nn, PyTorch and entmax (the latter where installed)"
+	@echo "  make aot       the GPU kernels compiled to machine code; needs no GPU, but its compilers"
 	@echo "  make hardware  on a machine with a GPU or TPU: tests, timings, the next slice of the long runs"
 	@echo "  make clean     remove the environments and caches; results in runs/ stay"
 	@echo
@@ -62,6 +63,16 @@ core:
 	@$(BOOTSTRAP) oldest
 	@XLA_FLAGS= .venv-oldest/bin/python -m pytest -m "core and not slow" $(PYTEST_ARGS) $(ARGS)
 
+# Kernels compiled for GPUs that are not there; ARGS="-m aot" for all of them.
+aot:
+	@$(BOOTSTRAP) aot
+	@KREG_AOT=1 .venv-aot/bin/python -m pytest tests/test_aot_gpu.py -m "aot and not slow" $(ARGS)
+
+aot-oldest:
+	@$(BOOTSTRAP) aot-oldest
+	@KREG_AOT=1 .venv-aot-oldest/bin/python -m pytest tests/test_aot_gpu.py \
+		-m "aot and not slow" $(ARGS)
+
 lint:
 	@$(BOOTSTRAP) user lint
 	@.venv-lint/bin/ruff check .
@@ -83,6 +94,11 @@ pins:
 	$(COMPILE) pyproject.toml --extra experiments --group test -o .ci/requirements.txt
 	echo 'jax==0.11.2' | $(COMPILE) pyproject.toml --extra experiments --group test -c - \
 		-o .ci/requirements-oldest.txt
+	$(COMPILE) pyproject.toml --extra experiments --group test --group aot \
+		-o .ci/requirements-aot.txt
+	printf '%s\n' jax==0.11.2 jax-cuda13-plugin==0.11.2 | \
+		$(COMPILE) pyproject.toml --extra experiments --group test --group aot \
+		-c - -o .ci/requirements-aot-oldest.txt
 	$(COMPILE) --group lint --no-deps -o .ci/requirements-lint.txt
 	echo uv | $(COMPILE) - -o .ci/requirements-uv.txt
 	! grep -n http .ci/requirements*.txt

@@ -30,6 +30,17 @@ ENVIRONMENTS = {
     "oldest": Environment(
         ".venv-oldest", "requirements-oldest.txt", ["experiments"], ["test"], ["jax==0.11.2"], True
     ),
+    "aot": Environment(
+        ".venv-aot", "requirements-aot.txt", ["experiments"], ["test", "aot"], [], True
+    ),
+    "aot-oldest": Environment(
+        ".venv-aot-oldest",
+        "requirements-aot-oldest.txt",
+        ["experiments"],
+        ["test", "aot"],
+        ["jax==0.11.2", "jax-cuda13-plugin==0.11.2"],
+        True,
+    ),
     "lint": Environment(".venv-lint", "requirements-lint.txt", [], ["lint"], [], False),
 }
 

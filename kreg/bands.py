@@ -11,8 +11,8 @@ from kreg.rowwise import Powers
 
 # Rows that a product is given at once, more where keys are few; scores of a block of one group of
 # heads, which should stay in a core's cache, in bytes; blocks that are written out one by one, each
-# with keys of its own, and as many where each is a loop (more cost compile time, the more so the
-# longer a row's code is; fewer cost work on keys that nobody sees).
+# with keys of its own, fewer where each is a loop over powers that are no products (more cost
+# compile time, the more so the longer a row's code is; fewer cost work on keys that nobody sees).
 _ROWS = 256
 _BLOCK_BYTES = 2 * 2**20
 _LARGEST_BYTES = 8 * 2**20
@@ -88,9 +88,7 @@ def blocks(problem: Problem) -> list[Block]:
     plan: list[Block] = []
     step = stop - first
     if lower is not None or upper is not None:
-        short = Powers.of(problem.kernel, problem.rule) is not None
-        most = _MOST_BLOCKS if stop - first <= _MOST_BLOCKS * rows else _MOST_LOOPS
-        most = most if short else _FEW_BLOCKS
+        most = _most(Powers.of(problem.kernel, problem.rule), stop - first > _MOST_BLOCKS * rows)
         step = max(rows, -(-(stop - first) // (most * rows)) * rows)
     for start in range(first, stop, max(step, 1)):
         end = min(start + step, stop)
@@ -102,6 +100,14 @@ def blocks(problem: Problem) -> list[Block]:
         for run in _runs(start, end, rows):
             plan.append(Block(*run, low, high - low, False, low, mixed))
     return plan
+
+
+def _most(powers: Powers | None, in_loops: bool) -> int:
+    """How many blocks are written out: fewer where their code is longer."""
+    if powers is None:
+        return _FEW_BLOCKS
+    is_long = in_loops and powers.order not in (1, 2, 3, 4, math.inf)
+    return _MOST_LOOPS if is_long else _MOST_BLOCKS
 
 
 def _runs(start: int, stop: int, rows: int) -> list[tuple[int, int, int]]:

@@ -20,6 +20,9 @@ from kreg.stats import Stats
 _FUSED_BYTES = 2 * 2**20
 _DENSE_BYTES = {"cpu": 48 * 2**20}
 _DENSE_BYTES_ELSEWHERE = 2**30
+# What devices of compute capability 9.0 are called, and how many keys their kernels are worth.
+_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+_LEAST_KEYS = 128
 
 
 def _unwritten(name: str) -> Callable[[Problem], tuple[Array, Stats | None]]:
@@ -53,14 +56,23 @@ IMPLEMENTATIONS: dict[str, Callable[[Problem], tuple[Array, Stats | None]]] = {
 
 def run(problem: Problem, implementation: str | None) -> tuple[Array, Stats | None]:
     """Runs the named implementation, or the best one for the problem."""
-    name, _ = choose(problem) if implementation is None else (implementation, "named")
-    return _compiled(problem, name)
+    if implementation is not None:
+        return _compiled(problem, implementation)
+    name, _ = choose(problem)
+    return _compiled(problem, name, _portable(problem)[0] if name == "mosaic_gpu" else None)
 
 
 # Compiled as one, so that calls outside jit do not trace and compile their loops each time.
-@functools.partial(jax.jit, static_argnames="name")
-def _compiled(problem: Problem, name: str) -> tuple[Array, Stats | None]:
-    return IMPLEMENTATIONS[name](problem)
+@functools.partial(jax.jit, static_argnames=("name", "elsewhere"))
+def _compiled(
+    problem: Problem, name: str, elsewhere: str | None = None
+) -> tuple[Array, Stats | None]:
+    if elsewhere is None:
+        return IMPLEMENTATIONS[name](problem)
+    # The program may yet be compiled for the host of the GPU.
+    return jax.lax.platform_dependent(
+        problem, cuda=IMPLEMENTATIONS[name], default=IMPLEMENTATIONS[elsewhere]
+    )
 
 
 def check(implementation: str | None) -> None:
@@ -73,6 +85,23 @@ def check(implementation: str | None) -> None:
 
 
 def choose(problem: Problem) -> tuple[str, str]:
+    """Chooses kernels where there are some for the device and the problem, else by size."""
+    device = _device_kind()
+    if not any(name in device for name in _HOPPER):
+        return _portable(problem)
+    if problem.sizes["s"] < _LEAST_KEYS:
+        name, why = _portable(problem)
+        return name, f"{why}; kernels take {_LEAST_KEYS} keys or more"
+    from pallas_kernels.mosaic_gpu.attention import declined
+
+    reason = declined(problem)
+    if reason is None:
+        return "mosaic_gpu", f"kernels for {device} take these inputs"
+    name, why = _portable(problem)
+    return name, f"{why}; {reason}"
+
+
+def _portable(problem: Problem) -> tuple[str, str]:
     """Chooses by size: dense while the scores are small, in blocks of queries beyond."""
     sizes = problem.sizes
     size = sizes["b"] * sizes["n"] * sizes["t"] * sizes["s"] * problem.dtype.itemsize
@@ -83,3 +112,11 @@ def choose(problem: Problem) -> tuple[str, str]:
     if size <= limit:
         return "reference", f"dense is fastest: {what}"
     return "xla", f"blocks of queries are faster, in memory linear in length: {what}"
+
+
+def _device_kind() -> str:
+    """What a program that is traced now is meant for: the mesh says, else the default device."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        return device.device_kind
+    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else "cpu"

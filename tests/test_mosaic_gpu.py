@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from attention_inputs import Shape
+from attention_inputs import Shape, rounded
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_contract import (
     CAUSAL,
@@ -25,6 +25,9 @@ from test_contract import (
 )
 
 import kreg
+from kreg.canonical import canonical
+from kreg.inputs import separate
+from pallas_kernels.mosaic_gpu import attention as kernels
 
 interpreted = functools.partial(
     plgpu.force_gpu_interpret_mode, plgpu.InterpretGPUParams(detect_races=True)
@@ -124,6 +127,45 @@ def test_kernels_keep_the_contract(name):
 def test_kernels_keep_the_contract_under_every_mask(name, parts):
     for spread, ties in [(0.0, False), (1.0, True), (30.0, False)]:
         check(name, drawn(ALL[name], 2, spread, parts, ties), ties)
+
+
+def searched(query, key, value, **options):
+    """What the forward kernel finds, and the oracle, in float64 on the same inputs."""
+    problem = canonical(*(jnp.asarray(x, "bfloat16") for x in (query, key, value)), **options)
+    with interpreted():
+        _, found = kernels._call(*separate(problem))
+    return jax.tree.map(np.asarray, found)
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [("apart", 2), ("clusters", 2), ("clusters", 1), ("flat", 2), ("flat", 3)]
+)
+def test_skipped_tiles_hold_no_key_with_weight(name, order):
+    """Every key of every row: those with weight are in live tiles, and one pass sees all tiles."""
+    length, width = 256, 16
+    rng = np.random.default_rng(0)
+    topics = np.repeat(rng.normal(size=(length // 32, width)), 32, axis=0)
+    topics *= {"apart": 0.0, "clusters": 6.0, "flat": 0.0}[name]
+    query, key, value = rng.normal(size=(3, 1, length, 1, width)) * (name != "flat")
+    arrays = [
+        rounded(x, "bfloat16") for x in (query + topics[:, None], key + topics[:, None], value)
+    ]
+    found = searched(*arrays, kernel=kreg.Kernel(order), is_causal=True)
+    where = np.tril(np.ones((length, length), bool))[None, None]
+    bias = np.zeros((1, 1, length, length))
+    want = oracle.attention(*arrays, bias, where, order=order, rule=oracle.Rule("adaptive", 1.0, 0))
+    tiles = length // 64
+    weight = (want.rows.p > 1e-7)[0, 0].reshape(tiles, 64, tiles, 64).any((1, 3))
+    live = (found.live[0, 0, :, :1].astype(np.uint32) >> np.arange(tiles, dtype=np.uint32)) & 1
+    assert not np.any(weight & (live == 0))
+    first, refined, last, passes = np.moveaxis(found.work[0, 0], -1, 0)
+    np.testing.assert_array_equal(first, np.arange(1, tiles + 1))  # all keys are met once
+    assert np.all(refined <= passes * first) and np.all(last <= first)
+    assert np.all(live.sum(1) <= last) and passes.max() <= (4 if order > 1 else 8)
+    if name == "clusters":
+        assert live.sum() < first.sum()  # something was skipped
+    if name == "flat":
+        assert passes.max() == 1  # exact after one pass: the other finds nothing to do
 
 
 @pytest.mark.slow

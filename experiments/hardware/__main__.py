@@ -1,4 +1,4 @@
-"""`python -m experiments.hardware [contract | timing | queue | pytest] [options]`."""
+"""`python -m experiments.hardware [contract | kernels | timing | queue | pytest] [options]`."""
 
 import json
 import sys
@@ -32,6 +32,10 @@ def work(options: Options) -> int:
         from experiments.hardware.contract import contract
 
         return contract(report, deadline, smoke=options.smoke)
+    if options.part == "kernels":
+        from experiments.hardware.kernel_timing import kernel_timing
+
+        return kernel_timing(report, deadline, smoke=options.smoke)
     if options.part == "timing":
         from experiments.hardware.timing import timing
 

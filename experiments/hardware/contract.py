@@ -10,6 +10,7 @@ import jax
 from experiments.hardware.cell_checks import cell_checks
 from experiments.hardware.deadline import Deadline
 from experiments.hardware.findings import Check, Finding
+from experiments.hardware.kernel_checks import kernel_checks
 from experiments.hardware.map_checks import map_checks
 from experiments.hardware.promise_checks import promise_checks
 from experiments.hardware.report import Report, say
@@ -21,7 +22,7 @@ def checks(*, smoke: bool) -> list[Check]:
     if jax.default_backend() == "tpu":
         # XLA imitates it there.
         dtypes = tuple(dtype for dtype in dtypes if dtype != "float64")
-    found = promise_checks(smoke=smoke)
+    found = kernel_checks(smoke=smoke) + promise_checks(smoke=smoke)
     for dtype in dtypes:
         found += map_checks(dtype, smoke=smoke) + cell_checks(dtype)
     if smoke:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PARTS = ("contract", "timing", "queue")
+PARTS = ("contract", "kernels", "timing", "queue")
 QUEUE = Path(__file__).with_name("queue.toml")
 SMOKE_QUEUE = Path(__file__).with_name("smoke_queue.toml")
 
@@ -41,7 +41,12 @@ def parse(arguments: Sequence[str]) -> Options:
         description="Check, time and use the accelerator of this machine.",
     )
     add = parser.add_argument
-    add("part", nargs="?", choices=(*PARTS, "pytest", "device"), help="all three if none is named")
+    add(
+        "part",
+        nargs="?",
+        choices=(*PARTS, "pytest", "device"),
+        help="all but pytest and device if none is named",
+    )
     add("--budget", type=_minutes, default=9.0, metavar="MINUTES", help="for all (default 9)")
     add("--out", type=Path, default=Path("runs/hardware"), help="folder (default runs/hardware)")
     add("--results", type=Path, metavar="FOLDER", help="for copies of the small JSON files")

@@ -5,10 +5,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from kreg import chunked
 from kreg.bandwidth import Adaptive, Anchored, Fixed
+from kreg.canonical import canonical
 from kreg.derivatives import differentiable
 from kreg.inputs import Inputs, joined, plain, separate, without_dead
 from kreg.kernels import gaussian
@@ -30,13 +32,19 @@ _PARTS = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float16): 1, jnp.dtype(jnp.f
 
 def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats | None]:
     """Attends by the kernels for Hopper; NotImplementedError where they do not take the inputs."""
-    reason = declined(problem)
-    if reason is not None:
-        raise NotImplementedError(f"implementation='mosaic_gpu': {reason}")
+    _check(problem)
     problem = without_dead(problem)
     inputs, rest = separate(problem)
     out, found = _call(inputs, rest)
     return out, _stats(inputs, rest, found) if problem.with_stats else None
+
+
+def live_tiles(*arguments, **options) -> Int[Array, "B N"]:
+    """Counts the tiles of 64 x 64 that have weight, for the arguments of `kreg.attention`."""
+    problem = canonical(*arguments, **options)
+    _check(problem)
+    _, found = _call(*separate(without_dead(problem)))
+    return jnp.sum(lax.population_count(found.live), axis=(2, 3))
 
 
 def declined(problem: Problem) -> str | None:
@@ -61,6 +69,12 @@ def declined(problem: Problem) -> str | None:
     }
     found = [what for what, is_so in reasons.items() if is_so]
     return f"no kernel for {found[0]}" if found else None
+
+
+def _check(problem: Problem) -> None:
+    reason = declined(problem)
+    if reason is not None:
+        raise NotImplementedError(f"implementation='mosaic_gpu': {reason}")
 
 
 def _plan(inputs: Inputs, rest: Problem) -> Plan:
@@ -103,7 +117,7 @@ def _forward(inputs: Inputs, rest: Problem):
     out = found.out[..., :width]
     if plan.rule is Fixed:
         empty = _without_weight(plan, found, ranges)
-        out = jax.lax.cond(
+        out = lax.cond(
             jnp.any(empty),
             lambda: jnp.where(empty, _uniform(inputs.value, inputs, rest), out),
             lambda: out,
@@ -183,7 +197,7 @@ def _backward(inputs: Inputs, rest: Problem, found: Found, dout) -> Inputs:
     dscale, dcut = (x[..., : plan.queries] for x in (dscale, -sums[1]))
     if plan.rule is Fixed:
         empty = _without_weight(plan, found, ranges)
-        dvalue = jax.lax.cond(
+        dvalue = lax.cond(
             jnp.any(empty),
             lambda: dvalue + _uniform_back(inputs, rest, empty, dout),
             lambda: dvalue,

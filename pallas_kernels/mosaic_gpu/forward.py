@@ -44,8 +44,10 @@ from pallas_kernels.mosaic_gpu.tiles import (
 
 _MOST_PASSES = 30
 _WIDEST = 128
-# Steps of the bound below which it counts as found, in units of y; the last step is still made.
-_HALF_STEP, _FULL_STEP = 2.0**-10, 2.0**-22
+# Steps of the guess, in units of y, after which it counts as found: for half types and for float32,
+# of orders below 2 and from 2 on. The error of Halley's steps is cubed each time; below 2 there is
+# no such bound, and only steps as small as rounding are the last.
+_HALF_STEP, _FULL_STEP = (2.0**-10, 2.0**-6), (2.0**-22, 2.0**-9)
 
 # What is given and what is found of every row: its threshold in units of y, the sums of the powers
 # r and r - 1, its best key (under `Fixed` how many it sees, if that is asked), keys with weight.
@@ -60,12 +62,15 @@ class Found(NamedTuple):
     lower: the same with powers r - 1.
     rows: the numbers named in FOUND.
     live: which tiles of keys have weight, a bit each.
+    work: of every block the tiles that the first pass looked at, those that all passes after it did
+        until the thresholds were found, those that the last did, and how many passes there were.
     """
 
     out: Float[Array, "B T N V"]
     lower: Float[Array, "B T N V"]
     rows: Float[Array, "B N I F 64"]
     live: Int[Array, "B N I W"]
+    work: Int[Array, "B N I 4"]
 
 
 def forward(
@@ -92,6 +97,7 @@ def forward(
             out,
             jax.ShapeDtypeStruct((*grid, len(FOUND), TILE), jnp.float32),
             jax.ShapeDtypeStruct((*grid, words(plan.tiles)), jnp.int32),
+            jax.ShapeDtypeStruct((*grid, 4), jnp.int32),
         ],
         grid=grid[::-1],
         grid_names=("block", "head", "batch"),
@@ -108,6 +114,7 @@ def forward(
             plgpu.SMEM((len(FOUND), TILE), jnp.float32),
             plgpu.SMEM((max(plan.tiles, 4),), jnp.int32),
             plgpu.SMEM((words(plan.tiles),), jnp.int32),
+            plgpu.SMEM((4,), jnp.int32),
             plgpu.Barrier(num_arrivals=plan.parts + 2),
             plgpu.Barrier(num_arrivals=plan.parts + plan.by_key, num_barriers=stages),
             plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
@@ -129,6 +136,20 @@ def _by_columns(plan: Plan, query, key, value, rows, ranges: Ranges) -> Found:
     return found[0]._replace(out=out, lower=lower)
 
 
+def _steps(order: float, total, slope, curve=None):
+    """Newton's step on the norm of the powers, which never passes the root, and the best one.
+
+    total, slope, curve: the sums of the powers r, r - 1 and, from order 2 on, r - 2.
+    """
+    norm, share = root(total, order), inverse(total)
+    newton = (norm - 1) * inverse(slope * share * norm)
+    if curve is None:
+        return newton, jnp.maximum(newton, 0)
+    # Halley's, g'' / (2 |g'|) of the norm g; at most twice as far: far off it may be anything.
+    bend = (order - 1) / 2 * (curve * inverse(slope) - slope * share)
+    return newton, newton / jnp.maximum(1 - newton * bend, 0.5)
+
+
 class _Program:
     """One block of queries of one head."""
 
@@ -136,9 +157,9 @@ class _Program:
         self.plan, self.stages = plan, stages
         (self.queries, self.keys, self.values, self.rows, self.limits, self.by_keys, self.bounds,
          *refs) = refs  # fmt: skip
-        self.outs, refs = refs[:4], refs[4:]
+        self.outs, refs = refs[:5], refs[5:]
         (self.query, self.key, self.value, self.out, self.row, self.limit, self.by_key, self.found,
-         self.list, self.words, self.ready, self.key_ready, self.value_ready,
+         self.list, self.words, self.work, self.ready, self.key_ready, self.value_ready,
          *staged) = refs  # fmt: skip
         self.staged = staged[0] if staged else None
         # From the last block on: under a causal mask it is the longest.
@@ -148,10 +169,10 @@ class _Program:
 
     def run(self) -> None:
         self._load()
-        best = filled(-1.0)
+        best, seen, passes = filled(-1.0), integer(0), integer(0)
         if self.plan.rule is Adaptive:
             cut, count = self._bound()
-            cut, count = self._refine(cut, count)
+            cut, count, seen, passes = self._refine(cut, count)
             tile = self._listed
         elif self.plan.rule is Anchored:
             cut, best, count = self._greatest()
@@ -159,6 +180,9 @@ class _Program:
         else:
             cut = plgpu.load(self.row.at[1], layout=ROWS)
             count, tile = self.stop - self.first, self._nearest
+        first = 0 if self.plan.rule is Fixed else self.stop - self.first
+        for i, work in enumerate((first, seen, count, passes)):
+            self.work[i] = integer(work)
         self._average(cut, best, count, tile)
 
     def _load(self) -> None:
@@ -256,37 +280,46 @@ class _Program:
         return self._stream(self.stop - self.first, self._nearest, step, start)
 
     def _refine(self, cut, count):
-        """Moves the bounds by Newton's steps until they are found, over fewer and fewer tiles."""
+        """Moves the bounds until they are found, over fewer and fewer tiles.
+
+        Sums are formed at `cut`, the best guess, which may be beyond the threshold by a little;
+        tiles are dropped when they are below `floor`, which is not.
+        """
         order = self.plan.order
-        enough = _HALF_STEP if self.plan.parts == 1 else _FULL_STEP
+        cubic = order >= 2
+        enough = (_HALF_STEP, _FULL_STEP)[self.plan.parts > 1][cubic]
+        powers = [order, order - 1, order - 2][: 2 + cubic]
 
-        def sums(cut, count):
+        def sums(cut, floor, count):
             def step(j, slot, carry):
-                x = jnp.maximum(self._scores(j, slot) - across(cut), 0)
+                y = self._scores(j, slot)
 
-                def add(total, slope, kept):
+                def add(kept, *sums):
                     self.list[kept] = j
-                    total = total + jnp.sum(power(x, order), axis=1)
-                    return total, slope + jnp.sum(power(x, order - 1), axis=1), kept + 1
+                    x = jnp.maximum(y - across(cut), 0)
+                    new = (jnp.sum(power(x, m), axis=1) for m in powers)
+                    return kept + 1, *(a + b for a, b in zip(sums, new, strict=True))
 
-                return lax.cond(some_above(x), add, lambda *carry: carry, *carry)
+                live = jnp.max(jnp.max(y, axis=1) - floor) > 0
+                return lax.cond(live, add, lambda *carry: carry, *carry)
 
-            return self._stream(count, self._listed, step, (filled(0.0), filled(0.0), integer(0)))
+            start = integer(0), *(filled(0.0) for _ in powers)
+            return self._stream(count, self._listed, step, start)
 
         def advance(carry):
-            passes, cut, count, _ = carry
-            total, slope, count = sums(cut, count)
-            norm = root(total, order)
-            # Newton's step on the norm; the sum of powers over the norm is its slope's other part.
-            size = jnp.maximum((norm - 1) * total * inverse(norm * slope), 0)
-            return passes + 1, cut + size, count, jnp.max(size)
+            passes, cut, floor, count, seen, _ = carry
+            seen = seen + count
+            count, *found = sums(cut, floor, count)
+            newton, best = _steps(order, *found)
+            floor = jnp.maximum(floor, cut + newton)
+            return passes + 1, cut + best, floor, count, seen, jnp.max(jnp.abs(best))
 
         def unfinished(carry):
-            return (carry[0] < _MOST_PASSES) & (carry[3] > enough)
+            return (carry[0] < _MOST_PASSES) & (carry[5] > enough)
 
-        carry = integer(0), cut, count, jnp.float32(1)
-        _, cut, count, _ = lax.while_loop(unfinished, advance, carry)
-        return cut, count
+        carry = integer(0), cut, cut, count, integer(0), jnp.float32(1)
+        passes, cut, _, count, seen, _ = lax.while_loop(unfinished, advance, carry)
+        return cut, count, seen, passes
 
     def _average(self, cut, best, count, tile) -> None:
         """Averages the values above the thresholds, and notes which tiles have any."""
@@ -324,13 +357,14 @@ class _Program:
         self.words[word] = self.words[word] | lax.shift_left(integer(1), bit)
 
     def _store(self, out, lower, *rows) -> None:
-        out_to, lower_to, rows_to, live_to = self.outs
+        out_to, lower_to, rows_to, live_to, work_to = self.outs
         at = self.batch, self.head, self.block
         for i, numbers in enumerate(rows):
             self.found.at[i][...] = numbers
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(self.found, rows_to.at[at])
         plgpu.copy_smem_to_gmem(self.words, live_to.at[at])
+        plgpu.copy_smem_to_gmem(self.work, work_to.at[at])
         total, slope = rows[1:3]
         rows = pl.ds(self.block * TILE, TILE)
         for sums, weight, to in ((out, total, out_to), (lower, slope, lower_to)):

@@ -1,0 +1,167 @@
+"""Timing of the GPU kernels: at stated sparsities, beside softmax attention of others.
+
+Everybody gets the same tensors. Peers that are not installed, or do not run here, say why.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import kreg
+from experiments.hardware.deadline import Deadline
+from experiments.hardware.peers import peers
+from experiments.hardware.report import Report, say
+from experiments.hardware.sparse_inputs import PUBLISHED, sparse_inputs
+from experiments.hardware.stopwatch import Entry, compiled, race
+
+# What is said beforehand in pallas_kernels/README.md: time of kreg's biweight, forward and
+# backward, over that of another, by length. Never to be filled in from a measurement.
+EXPECTED: dict[str, dict[int, float]] = {
+    "flash-attention 2": {8192: 1 / 1.4, 32768: 1 / 1.8, 131072: 1 / 3.0},
+    "adasplash 2": {4096: 1 / 1.35, 8192: 1 / 1.35, 32768: 1 / 1.35, 131072: 1 / 1.35},
+}
+BASELINES = ("jax cudnn", "flash-attention 2", "adasplash 2")
+METHOD = (
+    "Causal, in turns in one process; a round is as many calls in a row as fill 20 ms, waited for "
+    "at the end. Tokens: batch times length is 16,384 or more. 'live' is the share of the tiles "
+    "below the diagonal, 64 x 64, that have weight under the biweight kernel."
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is compared with each other: one length, width and direction."""
+
+    length: int
+    width: int
+    backward: bool
+
+    @property
+    def share(self) -> float:
+        """Share of the tiles with weight, as published; of short sequences about a half."""
+        return 1 - PUBLISHED.get(self.length, 0.5)
+
+    @property
+    def batch(self) -> int:
+        return max(1, 16384 // self.length)
+
+    @property
+    def heads(self) -> int:
+        return 1024 // self.width
+
+    def __str__(self) -> str:
+        direction = "forward+backward" if self.backward else "forward"
+        return f"B{self.batch} T{self.length} N{self.heads} H{self.width} bfloat16 {direction}"
+
+    def inputs(self) -> list[jax.Array]:
+        return sparse_inputs(
+            self.batch, self.length, self.heads, self.width, self.share, "bfloat16"
+        )
+
+
+def groups(*, smoke: bool) -> list[Group]:
+    if smoke:
+        return [Group(128, 16, True)]
+    lengths = (8192, 32768, 131072, 4096, 1024, 2048, 16384, 65536)
+    return [Group(t, h, b) for b in (True, False) for h in (64, 128) for t in lengths]
+
+
+def kernel_timing(report: Report, deadline: Deadline, *, smoke: bool = False) -> int:
+    """Time group after group until the time is up; return 0."""
+    done: dict[str, Any] = {}
+    everything = groups(smoke=smoke)
+    report.write("kernels", _content(done, everything))
+    for group in everything:
+        if deadline.passed:
+            break
+        done[str(group)] = _compare(group, deadline, smoke)
+        for name, found in done[str(group)]["times"].items():
+            say(f"{group}  live {done[str(group)]['live']}  {name:22} {_line(found)}")
+        report.write("kernels", _content(done, everything))
+    left = [str(group) for group in everything if str(group) not in done]
+    say(f"kernels: {len(done)} comparisons, {len(left)} not reached")
+    return 0
+
+
+def _compare(group: Group, deadline: Deadline, smoke: bool) -> dict[str, Any]:
+    inputs = jax.block_until_ready(group.inputs())
+    entries = compiled(_contestants(group), inputs)
+    entries += peers(inputs, group.backward)
+    rounds, seconds = (2, 0.001) if smoke else (7, 0.02)
+    race(entries, inputs, deadline, rounds=rounds, seconds=seconds)
+    baselines = {e.name: e for e in entries if e.name in BASELINES and not e.unavailable}
+    times = {entry.name: entry.as_json(baselines) for entry in entries}
+    return {"live": _live(inputs), "rates": _rates(group, entries), "times": times}
+
+
+def _contestants(group: Group) -> dict[str, Callable[..., Any]]:
+    def softmax(query, key, value):
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, implementation="cudnn"
+        )
+
+    kernels = {"biweight": kreg.biweight, "epanechnikov": kreg.epanechnikov}
+    attentions: dict[str, Callable[..., Any]] = {"jax cudnn": softmax}
+    for name, kernel in (kernels | {"triweight": kreg.triweight}).items():
+
+        def attend(query, key, value, kernel=kernel):
+            return kreg.attention(
+                query, key, value, kernel=kernel, is_causal=True, implementation="mosaic_gpu"
+            )
+
+        attentions[f"kreg {name}"] = attend
+
+    def both(attention):
+        def run(query, key, value, cotangent):
+            output, pull = jax.vjp(attention, query, key, value)
+            return output, pull(cotangent)
+
+        return run
+
+    def forward(attention):
+        return lambda query, key, value, cotangent: attention(query, key, value)
+
+    turn = both if group.backward else forward
+    return {name: turn(attention) for name, attention in attentions.items()}
+
+
+def _live(inputs: list[jax.Array]) -> float | None:
+    """Share of the tiles at and below the diagonal that have weight."""
+    try:
+        from pallas_kernels.mosaic_gpu import live_tiles
+
+        query, key, value, _ = inputs
+        blocks = -(-query.shape[1] // 64)
+        count = jax.jit(lambda q, k, v: live_tiles(q, k, v, is_causal=True))(query, key, value)
+        return round(float(jnp.mean(count)) / (blocks * (blocks + 1) / 2), 3)
+    # Whatever keeps the kernels from running is told with their times.
+    except Exception:
+        return None
+
+
+def _rates(group: Group, entries: list[Entry]) -> dict[str, float]:
+    """Teraflops a second that dense softmax attention would need to take as long."""
+    pairs = group.batch * group.heads * group.length * (group.length + 1) / 2
+    flops = pairs * group.width * (14 if group.backward else 4)
+    return {e.name: flops / min(e.seconds) / 1e12 for e in entries if e.seconds}
+
+
+def _line(found: dict[str, Any]) -> str:
+    if "unavailable" in found:
+        return f"not available: {found['unavailable'][:90]}"
+    times = "  ".join(f"{ratio:.2f} x {name}" for name, ratio in found["times_of"].items())
+    return f"{found['median_ms']:9.3f} ms  {times}"
+
+
+def _content(done: dict[str, Any], everything: list[Group]) -> dict[str, Any]:
+    left = [str(group) for group in everything if str(group) not in done]
+    return {
+        "summary": {"comparisons": len(done), "not_reached": len(left)},
+        "expected": EXPECTED,
+        "method": METHOD,
+        "comparisons": done,
+        "not_reached": left,
+    }

@@ -1,0 +1,86 @@
+"""The kernels for Hopper, compiled to machine code without one: registers, spills, memory."""
+
+import functools
+
+import h200
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+import kreg
+
+pytestmark = pytest.mark.aot
+
+
+def attend(length, width, dtype=jnp.bfloat16, heads=2, key_heads=1, backward=True, **options):
+    """Compile attention of such shapes, with its gradients."""
+    options = {"implementation": "mosaic_gpu", "is_causal": True} | options
+    function = functools.partial(kreg.attention, **options)
+    query, key = (jax.ShapeDtypeStruct((1, length, n, width), dtype) for n in (heads, key_heads))
+
+    def both(query, key, value, dout):
+        out, pull = jax.vjp(function, query, key, value)
+        return out, pull(dout)
+
+    shapes = (query, key, key, query) if backward else (query, key, key)
+    return h200.compiled(both if backward else function, *shapes)
+
+
+@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_kernels_compile_without_spills(width, order):
+    program = attend(2048, width, kernel=kreg.Kernel(order))
+    assert len(program.registers) == 3  # output, gradient of queries, of keys and values
+    assert not any(program.spilled_bytes), program
+    # As pallas_kernels/README.md has it: three passes over tiles, each with its own scores, the
+    # last with two averages; gradients of queries; of keys and values.
+    scores = -(-width // 64) * 4
+    assert sorted(program.products) == sorted([3 * scores + 8, 2 * scores + 4, 2 * scores + 8])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel": kreg.Kernel(4)},
+        {"kernel": kreg.rectified_polynomial(2.5)},
+        {"bandwidth": kreg.Anchored()},
+        {"bandwidth": kreg.Fixed(1.0), "scale": 1.0},
+        {"local_window_size": 100},
+        {"segment_ids": jnp.zeros((1, 2048), int)},
+        {"key_value_seq_lengths": jnp.array([1000])},
+        {"dtype": jnp.float16},
+    ],
+    ids=str,
+)
+def test_variants_compile_without_spills(width, options):
+    program = attend(2048, width, **options)
+    assert len(program.registers) >= 2
+    assert not any(program.spilled_bytes), program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(256, jnp.bfloat16), (64, jnp.float32), (128, jnp.float32)]
+)
+def test_the_widest_compile(width, dtype):
+    """These spill: float32 is three bfloat16 parts, width 256 twice the sums; slower, not wrong."""
+    assert attend(2048, width, dtype).registers
+
+
+def test_a_program_for_hopper_has_the_kernels_without_naming_them():
+    """A trace on this machine, meant for another by its mesh."""
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        assert attend(256, 64, implementation=None).registers
+        assert not attend(256, 64, implementation=None, kernel=kreg.gaussian).registers
+
+
+@pytest.mark.parametrize("length", [4096, pytest.param(131072, marks=pytest.mark.slow)])
+def test_memory_is_linear_but_for_a_bit_a_tile(length):
+    width, heads = 64, 4
+    program = attend(length, width, heads=heads, key_heads=heads)
+    bits = 2 * (length // 64) ** 2 / 8  # of queries, and turned for keys
+    assert program.temporary_bytes <= heads * (3 * length * width + bits)
