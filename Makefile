@@ -45,23 +45,27 @@ test:
 # What takes minutes: the hardware command on CPU, the longest derivative checks.
 slow:
 	@$(BOOTSTRAP)
-	@XLA_FLAGS= $(PY) -m pytest -m slow $(PYTEST_ARGS) $(ARGS)
+	@XLA_FLAGS= $(PY) -m pytest -m "slow and not nightly" $(PYTEST_ARGS) $(ARGS)
 
 # kreg beside jax.nn, and beside PyTorch and entmax where they are installed.
 bench:
 	@$(BOOTSTRAP)
 	@$(PY) -m experiments.bench $(ARGS)
 
-# Many drawn cases of the contract, compiled as users compile; the log is kept.
+# Many drawn cases of the contract, compiled as users compile, and all of the kernels', interpreted
+# and compiled; the log is kept.
 nightly:
-	@$(BOOTSTRAP)
-	@XLA_FLAGS= KREG_CASES=2000 $(PY) -m pytest tests/test_contract.py -v $(ARGS) > tests/nightly.log; \
+	@$(BOOTSTRAP) user aot
+	@(XLA_FLAGS= KREG_CASES=2000 $(PY) -m pytest tests/test_contract.py -v $(ARGS) && \
+		$(PY) -m pytest tests/test_mosaic_gpu.py -v $(PYTEST_ARGS) $(ARGS) && \
+		KREG_AOT=1 .venv-aot/bin/python -m pytest tests/test_aot_gpu.py -v $(ARGS)) \
+		> tests/nightly.log; \
 		status=$$?; git rev-parse HEAD >> tests/nightly.log; tail -n 4 tests/nightly.log; exit $$status
 
 # The part of the tests that must also pass on the oldest jax that is supported.
 core:
 	@$(BOOTSTRAP) oldest
-	@XLA_FLAGS= .venv-oldest/bin/python -m pytest -m "core and not slow" $(PYTEST_ARGS) $(ARGS)
+	@.venv-oldest/bin/python -m pytest -m "core and not slow" $(PYTEST_ARGS) $(ARGS)
 
 # Kernels compiled for GPUs that are not there; ARGS="-m aot" for all of them.
 aot:

@@ -121,6 +121,7 @@ def test_kernels_keep_the_contract(name):
     check(name, drawn(STRUCTURES[name], 1, 2.0, parts=32))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [0, 4, 8 + 16, 63], ids=["plain", "ranges", "by key", "all"])
 @pytest.mark.parametrize("name", ALL)

@@ -153,19 +153,23 @@ class Seen(NamedTuple):
     def masked(self, y: Array) -> Array:
         """Scores of keys that are not seen become -inf; most tiles are seen whole."""
         full = (self.tile >= self.bounds[2]) & (self.tile < self.bounds[3])
-        return lax.cond(full, lambda y: y, lambda y: jnp.where(self._where(), y, -jnp.inf), y)
+        return lax.cond(full, lambda y: y, self._excluded, y)
 
-    def _where(self) -> Array:
+    def _excluded(self, y: Array) -> Array:
+        # One after the other: all at once would take more registers.
         keys = self._index(1 - self.axis) + self.tile * TILE
-        where = (keys >= self._row(0)) & (keys < self._row(1))
+        y = jnp.where(keys >= self._row(0), y, -jnp.inf)
+        y = jnp.where(keys < self._row(1), y, -jnp.inf)
         if self.plan.by_key:
             queries = self._index(self.axis) + self.block * TILE
-            where = where & (queries >= self._key(0)) & (queries < self._key(1))
-            where = where & (self._row(2) == self._key(2))
-        return where
+            y = jnp.where(queries >= self._key(0), y, -jnp.inf)
+            y = jnp.where(queries < self._key(1), y, -jnp.inf)
+            y = jnp.where(self._row(2) == self._key(2), y, -jnp.inf)
+        return y
 
     def _index(self, axis: int) -> Array:
-        return plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=GRID)
+        layout = COLUMNS if axis else ROWS
+        return across(plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=layout), axis=axis)
 
     def _row(self, i: int) -> Array:
         return self._along(self.limits.at[i], self.axis)
