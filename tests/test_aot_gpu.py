@@ -88,7 +88,10 @@ def test_a_program_for_hopper_has_the_kernels_without_naming_them():
         assert not attend(256, 64, implementation=None, kernel=kreg.gaussian).registers
 
 
-@pytest.mark.parametrize("length", [4096, pytest.param(131072, marks=[pytest.mark.nightly, pytest.mark.slow])])
+LONG = pytest.param(131072, marks=[pytest.mark.nightly, pytest.mark.slow])
+
+
+@pytest.mark.parametrize("length", [4096, LONG])
 def test_memory_is_linear_but_for_a_bit_a_tile(length):
     width, heads = 64, 4
     program = attend(length, width, heads=heads, key_heads=heads)

@@ -96,7 +96,7 @@ def _inputs(shape: Shape) -> list[jax.Array]:
 
 def _both(shape: Shape, implementation: str, inputs: list[jax.Array]) -> list[np.ndarray]:
     """Output and the gradients of query, key, value and h, as float64."""
-    scale = {"scale": 1.0} if shape.rule == "fixed" else {}
+    options = ({"scale": 1.0} if shape.rule == "fixed" else {}) | shape.options()
     h = jnp.full((1, 4, 1, 1), 1.2 if shape.rule == "fixed" else 1.0)
 
     @jax.jit
@@ -104,8 +104,7 @@ def _both(shape: Shape, implementation: str, inputs: list[jax.Array]) -> list[np
         def attend(query, key, value, h):
             return kreg.attention(
                 query, key, value, kernel=kreg.Kernel(shape.order),
-                bandwidth=RULES[shape.rule](h), implementation=implementation,
-                **scale, **shape.options(),
+                bandwidth=RULES[shape.rule](h), implementation=implementation, **options,
             )  # fmt: skip
 
         output, pull = jax.vjp(attend, query, key, value, h)

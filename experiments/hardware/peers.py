@@ -1,5 +1,6 @@
 """Attention of others on the same tensors: FlashAttention-2 as PyTorch has it, AdaSplash-2."""
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -33,8 +34,7 @@ def _entry(name: str, package: str, make: Callable, inputs, backward: bool) -> E
 
 def _timed(attention: Callable, inputs: list[jax.Array], backward: bool) -> Callable[..., Any]:
     """A call that waits for the device, as blocking on JAX's arrays does."""
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     # [B, T, N, H] is [B, N, T, H] there.
     tensors = [torch.from_dlpack(x).transpose(1, 2).contiguous() for x in inputs]
     arrays = [x.requires_grad_(backward) for x in tensors[:3]]
@@ -49,11 +49,11 @@ def _timed(attention: Callable, inputs: list[jax.Array], backward: bool) -> Call
 
 
 def _flash() -> Callable:
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    torch: Any = importlib.import_module("torch")
+    backends: Any = importlib.import_module("torch.nn.attention")
 
     def attend(query, key, value):
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with backends.sdpa_kernel(backends.SDPBackend.FLASH_ATTENTION):
             return torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True
             )
@@ -62,6 +62,5 @@ def _flash() -> Callable:
 
 
 def _adasplash() -> Callable:
-    from adasplash import adasplash
-
-    return lambda query, key, value: adasplash(query, key, value, alpha=1.5, is_causal=True)
+    attend: Any = importlib.import_module("adasplash").adasplash
+    return lambda query, key, value: attend(query, key, value, alpha=1.5, is_causal=True)

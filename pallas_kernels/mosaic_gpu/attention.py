@@ -111,8 +111,8 @@ def _forward(inputs: Inputs, rest: Problem):
     steep = by_row(plan, _rows(inputs.scale) / plan.order)
     cut = by_row(plan, _cut(inputs.at) / plan.order)
     query = _seen(inputs.query, ranges)
-    operands = (parts(plan, x) for x in (query, inputs.key, inputs.value))
-    found = forward(plan, *operands, pack(plan, steep, cut), ranges)
+    query, key, value = (parts(plan, x) for x in (query, inputs.key, inputs.value))
+    found = forward(plan, query, key, value, pack(plan, steep, cut), ranges)
     width = inputs.value.shape[-1]
     out = found.out[..., :width]
     if plan.rule is Fixed:
@@ -188,9 +188,10 @@ def _backward(inputs: Inputs, rest: Problem, found: Found, dout) -> Inputs:
     mean, away = _means(plan, found, total, slope, dout)
     scale = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
     query = _seen(inputs.query, ranges)
-    operands = [parts(plan, x) for x in (query, inputs.key, inputs.value, dout)]
+    operands = (parts(plan, x) for x in (query, inputs.key, inputs.value, dout))
+    query, key, value, back = operands
     rows = pack(plan, steep, cut, scale, mean, away, best)
-    dquery, dkey, dvalue, sums = backward(plan, *operands, rows, found.live, ranges)
+    dquery, dkey, dvalue, sums = backward(plan, query, key, value, back, rows, found.live, ranges)
     dvalue = dvalue[..., :value_width]
     # Scores are z = scale q.k, and q.k = y / steep.
     dscale = jnp.where(steep != 0, sums[0] / jnp.where(steep != 0, steep, 1), 0)

@@ -110,7 +110,7 @@ def product(plan: Plan, left, right) -> Float[Array, "64 n"]:
     return pl.run_scoped(multiply, plgpu.ACC((TILE, right.shape[-1]), jnp.float32))
 
 
-def add_product(plan: Plan, total, left: Float[Array, "64 64"], right, staged) -> Array:
+def add_product(plan: Plan, total, left: Float[Array, "64 64"], right, staged) -> Any:
     """Adds the product of a tile of numbers and an operand [64, n]."""
     if plan.in_registers:
         left = left.astype(plan.dtype)
