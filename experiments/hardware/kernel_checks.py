@@ -96,7 +96,9 @@ def _inputs(shape: Shape) -> list[jax.Array]:
 
 def _both(shape: Shape, implementation: str, inputs: list[jax.Array]) -> list[np.ndarray]:
     """Output and the gradients of query, key, value and h, as float64."""
-    options = ({"scale": 1.0} if shape.rule == "fixed" else {}) | shape.options()
+    options: dict[str, Any] = shape.options()
+    if shape.rule == "fixed":
+        options["scale"] = 1.0
     h = jnp.full((1, 4, 1, 1), 1.2 if shape.rule == "fixed" else 1.0)
 
     @jax.jit
