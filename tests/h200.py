@@ -67,7 +67,7 @@ def compiled(function: Callable, *shapes: Any) -> Program:
 
 
 def _topology():
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
         if os.environ.get("KREG_AOT"):
             pytest.fail("the CUDA plugin is not installed, and this run is there to use it")
         pytest.skip("needs the compilers of the dependency group aot: make aot")
