@@ -23,12 +23,17 @@ def keep_mask(
     columns: Int[Array, " S"],
 ) -> Bool[Array, "B N T S"]:
     """Draws which weights stay, each with probability 1 - rate."""
-    pair = pairs[:, :, None, None]
-    row = rows.astype(jnp.uint32)[None, None, :, None]
     column = columns.astype(jnp.uint32)[None, None, None, :]
-    state = _mix(_mix(words[0] ^ pair) ^ row)
-    bits = _mix(_mix(state ^ column) + words[1])
+    bits = _mix(_mix(row_states(words, pairs, rows)[..., None] ^ column) + words[1])
     return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+
+def row_states(
+    words: UInt32[Array, " 2"], pairs: UInt32[Array, "B N"], rows: Int[Array, " T"]
+) -> UInt32[Array, "B N T"]:
+    """What the counter makes of key, batch entry, head and query."""
+    row = rows.astype(jnp.uint32)[None, None, :]
+    return _mix(_mix(words[0] ^ pairs[:, :, None]) ^ row)
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -5,10 +5,14 @@ import functools
 import h200
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
+from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import kreg
+from kreg import training
+from kreg.nn import MemoryMosaic, MosaicConfig
 
 pytestmark = pytest.mark.aot
 
@@ -52,6 +56,7 @@ def test_kernels_compile_without_spills(width, order):
         {"bandwidth": kreg.Fixed(1.0), "scale": 1.0},
         {"local_window_size": 100},  # as causality, lengths and ranges: the same code
         {"dtype": jnp.float16},
+        {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)},
     ],
     ids=str,
 )
@@ -80,12 +85,50 @@ def test_the_widest_compile(width, dtype):
     assert attend(2048, width, dtype).registers
 
 
-def test_a_program_for_hopper_has_the_kernels_without_naming_them():
-    """A trace on this machine, meant for another by its mesh."""
+def for_hopper():
+    """A trace on this machine is meant for another by its mesh."""
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+def test_a_program_for_hopper_has_the_kernels_without_naming_them():
+    with for_hopper():
         assert attend(256, 64, implementation=None).registers
         assert not attend(256, 64, implementation=None, kernel=kreg.gaussian).registers
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("length", "heads", "width", "documents"),
+    [(512, 8, 128, False), (1024, 12, 768, False), (1024, 4, 256, True)],
+    ids=["in-context learning", "language modelling", "packed documents"],
+)
+def test_train_steps_of_mosaics_compile_with_the_kernels(length, heads, width, documents):
+    """Kernels for the contextual memory, dropout and all; the persistent one is a softmax."""
+    config = MosaicConfig(
+        vocab_size=64, num_layers=1, num_heads=heads, embed_dim=width, memory_size=64
+    )
+    graph, params = nnx.split(
+        nnx.eval_shape(lambda: MemoryMosaic(config, rngs=nnx.Rngs(0))), nnx.Param
+    )
+
+    def loss_of(params, tokens, key):
+        segments = tokens // 16 if documents else None
+        logits = nnx.merge(graph, params)(tokens, dropout_key=key, segment_ids=segments)
+        return training.mean_token_cross_entropy(logits, tokens, ignore=-1)
+
+    tx = optax.adamw(1e-3)
+    step = training.make_step(
+        lambda params, batch, key: (loss_of(params, batch, key), {}),
+        tx,
+        compute_dtype=jnp.bfloat16,
+    )
+    state = jax.eval_shape(lambda p: training.init_state(p, tx, jax.random.key(0)), params)
+    tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
+    with for_hopper():
+        program = h200.compiled(step, state, tokens)
+    assert len(program.registers) == 3 and not any(program.spilled_bytes), program
 
 
 LONG = pytest.param(131072, marks=[pytest.mark.nightly, pytest.mark.slow])

@@ -21,7 +21,7 @@ from kreg.stats import Stats
 from pallas_kernels.mosaic_gpu.backward import backward
 from pallas_kernels.mosaic_gpu.forward import FOUND, Found, forward
 from pallas_kernels.mosaic_gpu.interpreter import effects, interpreted
-from pallas_kernels.mosaic_gpu.operands import Ranges, by_row, pack, parts, unpack
+from pallas_kernels.mosaic_gpu.operands import Draws, Ranges, by_row, pack, parts, unpack
 from pallas_kernels.mosaic_gpu.plan import TILE, Plan
 from pallas_kernels.mosaic_gpu.tiles import LOWEST
 
@@ -60,7 +60,6 @@ def declined(problem: Problem) -> str | None:
         "a bias": problem.bias is not None,
         "a soft cap": problem.soft_cap is not None,
         "a null score": problem.null is not None,
-        "dropout": problem.dropout_key is not None,
         "a boolean mask": mask.array is not None,
         "two sets of segments": len(mask.segments) > 1,
         f"heads wider than {_WIDEST[parts]}": max(widths) > _WIDEST[parts],
@@ -96,6 +95,7 @@ def _plan(inputs: Inputs, rest: Problem) -> Plan:
         parts=count,
         interpreted=interpreted(),
         by_key=_is_by_key(rest.mask),
+        dropout_rate=0.0 if rest.dropout_key is None else rest.dropout_rate,
         with_support=rest.with_stats,
     )
 
@@ -112,7 +112,7 @@ def _forward(inputs: Inputs, rest: Problem):
     cut = by_row(plan, _cut(inputs.at) / plan.order)
     query = _seen(inputs.query, ranges)
     query, key, value = (parts(plan, x) for x in (query, inputs.key, inputs.value))
-    found = forward(plan, query, key, value, pack(plan, steep, cut), ranges)
+    found = forward(plan, query, key, value, pack(plan, steep, cut), ranges, Draws.of(rest, plan))
     width = inputs.value.shape[-1]
     out = found.out[..., :width]
     if plan.rule is Fixed:
@@ -191,7 +191,10 @@ def _backward(inputs: Inputs, rest: Problem, found: Found, dout) -> Inputs:
     operands = (parts(plan, x) for x in (query, inputs.key, inputs.value, dout))
     query, key, value, back = operands
     rows = pack(plan, steep, cut, scale, mean, away, best)
-    dquery, dkey, dvalue, sums = backward(plan, query, key, value, back, rows, found.live, ranges)
+    draws = Draws.of(rest, plan)
+    dquery, dkey, dvalue, sums = backward(
+        plan, query, key, value, back, rows, found.live, ranges, draws
+    )
     dvalue = dvalue[..., :value_width]
     # Scores are z = scale q.k, and q.k = y / steep.
     dscale = jnp.where(steep != 0, sums[0] / jnp.where(steep != 0, steep, 1), 0)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from kreg.bandwidth import Anchored, Fixed
-from pallas_kernels.mosaic_gpu.operands import Ranges, turned, unpack
+from pallas_kernels.mosaic_gpu.operands import Draws, Ranges, turned, unpack
 from pallas_kernels.mosaic_gpu.plan import TILE, WORD, Plan, words
 from pallas_kernels.mosaic_gpu.tiles import (
     COLUMNS,
@@ -26,6 +26,7 @@ from pallas_kernels.mosaic_gpu.tiles import (
     Seen,
     across,
     add_product,
+    dropped,
     fetch,
     filled,
     integer,
@@ -53,12 +54,13 @@ def backward(
     rows: Float[Array, "B N I 6 64"],
     live: Int[Array, "B N I W"],
     ranges: Ranges,
+    draws: Draws,
 ) -> tuple[Array, Array, Array, Float[Array, "2 B N T'"]]:
     """Runs both kernels; returns the gradients of query, key and value, and two sums of every row.
 
     With dz what flows back to its scores: the sums of dz y and, under `Fixed`, of dz.
     """
-    arrays = query, key, value, dout, rows, *ranges
+    arrays = query, key, value, dout, rows, *ranges, *draws
     dquery, sums = _query_kernel(plan)(*arrays, live)
     arrays = *arrays, turned(plan, live)
     if max(plan.width, plan.value_width) <= _WIDEST:
@@ -91,11 +93,12 @@ def _query_kernel(plan: Plan) -> Callable:
             operand(plan, plan.value_width, stages),
             result(plan),
             plgpu.SMEM((len(GIVEN), TILE), jnp.float32),
+            plgpu.SMEM((TILE,), jnp.int32),
             plgpu.SMEM((3, TILE), jnp.int32),
             plgpu.SMEM((stages, 3, TILE), jnp.int32),
             plgpu.SMEM((2, TILE), jnp.float32),
             plgpu.SMEM((max(plan.tiles, 4),), jnp.int32),
-            plgpu.Barrier(num_arrivals=2 * plan.parts + 2),
+            plgpu.Barrier(num_arrivals=2 * plan.parts + 2 + plan.drops),
             plgpu.Barrier(num_arrivals=plan.parts + plan.by_key, num_barriers=stages),
             plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
             *staging(plan),
@@ -122,11 +125,12 @@ def _key_kernel(plan: Plan, of_key: bool, of_value: bool) -> Callable:
             operand(plan, plan.value_width, stages),
             result(plan),
             plgpu.SMEM((stages, len(GIVEN), TILE), jnp.float32),
+            plgpu.SMEM((stages, TILE), jnp.int32),
             plgpu.SMEM((stages, 3, TILE), jnp.int32),
             plgpu.SMEM((3, TILE), jnp.int32),
             plgpu.SMEM((max(plan.blocks, 4),), jnp.int32),
             plgpu.Barrier(num_arrivals=2 * plan.parts + plan.by_key),
-            plgpu.Barrier(num_arrivals=plan.parts + 2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=plan.parts + 2 + plan.drops, num_barriers=stages),
             plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
             *staging(plan),
         ],
@@ -172,9 +176,10 @@ class _OfQueries:
     def __init__(self, plan: Plan, stages: int, *refs):
         self.plan, self.stages = plan, stages
         (self.queries, self.keys, self.values, self.douts, self.rows, self.limits, self.by_keys,
-         self.bounds, self.live, self.to, self.sums_to, self.query, self.dout, self.key,
-         self.value, self.out, self.row, self.limit, self.by_key, self.sums, self.list,
-         self.ready, self.key_ready, self.value_ready, *staged) = refs  # fmt: skip
+         self.bounds, self.draws, self.draw_word, self.live, self.to, self.sums_to, self.query,
+         self.dout, self.key, self.value, self.out, self.row, self.drawn, self.limit,
+         self.by_key, self.sums, self.list, self.ready, self.key_ready, self.value_ready,
+         *staged) = refs  # fmt: skip
         self.staged = staged[0] if staged else None
         self.block = plan.blocks - 1 - lax.axis_index("block")
         self.head, self.batch = lax.axis_index("head"), lax.axis_index("batch")
@@ -187,6 +192,8 @@ class _OfQueries:
         fetch(plan, self.douts, self.batch, start, self.head, self.dout, self.ready)
         plgpu.copy_gmem_to_smem(self.rows.at[at], self.row, self.ready)
         plgpu.copy_gmem_to_smem(self.limits.at[self.batch, self.block], self.limit, self.ready)
+        if plan.drops:
+            plgpu.copy_gmem_to_smem(self.draws.at[at], self.drawn, self.ready)
         self.bound = [self.bounds[self.batch, self.block, i] for i in range(4)]
         count = _list(words(plan.tiles), lambda i: self.live[(*at, i)], self.list)
         plgpu.commit_smem()
@@ -218,6 +225,8 @@ class _OfQueries:
         x = jnp.maximum(y - across(self.numbers["cut"]), 0)
         plgpu.barrier_wait(self.value_ready.at[slot])
         dp = product(plan, self.dout, self.value.at[slot].transpose((0, 2, 1)))
+        word = self.draw_word[0] if plan.drops else None
+        dp = dropped(plan, dp, lambda: self.drawn, word, j)
         dz = _pulled(plan, x, dp, lambda name: across(self.numbers[name]), j * TILE, 0)
         # Keys with weight have y = x + cut; those without may have y = -inf.
         sums[0] = sums[0] + jnp.sum(dz * (x + across(self.numbers["cut"])), axis=1)
@@ -243,10 +252,11 @@ class _OfKeys:
     def __init__(self, plan: Plan, stages: int, of_key: bool, of_value: bool, *refs):
         self.plan, self.stages, self.of_key, self.of_value = plan, stages, of_key, of_value
         (self.queries, self.keys, self.values, self.douts, self.rows, self.limits, self.by_keys,
-         self.bounds, self.live, *refs) = refs  # fmt: skip
+         self.bounds, self.draws, self.draw_word, self.live, *refs) = refs  # fmt: skip
         self.to, refs = refs[: of_key + of_value], refs[of_key + of_value :]
-        (self.key, self.value, self.query, self.dout, self.out, self.row, self.limit, self.by_key,
-         self.list, self.ready, self.query_ready, self.dout_ready, *staged) = refs  # fmt: skip
+        (self.key, self.value, self.query, self.dout, self.out, self.row, self.drawn, self.limit,
+         self.by_key, self.list, self.ready, self.query_ready, self.dout_ready,
+         *staged) = refs  # fmt: skip
         self.staged = staged[0] if staged else None
         self.tile, self.batch = lax.axis_index("tile"), lax.axis_index("batch")
         self.key_head = lax.axis_index("head")
@@ -278,6 +288,9 @@ class _OfKeys:
             fetch(self.plan, self.queries, *where, self.query.at[slot], ready)
             plgpu.copy_gmem_to_smem(self.rows.at[self.batch, head, block], self.row.at[slot], ready)
             plgpu.copy_gmem_to_smem(self.limits.at[self.batch, block], self.limit.at[slot], ready)
+            if self.plan.drops:
+                drawn = self.draws.at[self.batch, head, block]
+                plgpu.copy_gmem_to_smem(drawn, self.drawn.at[slot], ready)
             fetch(self.plan, self.douts, *where, self.dout.at[slot], self.dout_ready.at[slot])
 
         return stream(count, self.stages, lambda t: self.list[t], begin, self._step, carry)
@@ -295,12 +308,17 @@ class _OfKeys:
         seen = Seen(plan, block, self.tile, bounds, self.limit.at[slot], self.by_key, axis=1)
         x = jnp.maximum(seen.masked(y * number("steep")) - number("cut"), 0)
         plgpu.barrier_wait(self.dout_ready.at[slot])
+        word = self.draw_word[0] if plan.drops else None
+
+        def drop(x):
+            return dropped(plan, x, lambda: self.drawn.at[slot], word, self.tile, axis=1)
+
         if self.of_value:
-            p = power(x, plan.order) * number("scale")
+            p = drop(power(x, plan.order) * number("scale"))
             found[-1] = add_product(plan, found[-1], p, self.dout.at[slot], self.staged)
         if self.of_key:
             dp = product(plan, self.value, self.dout.at[slot].transpose((0, 2, 1)))
-            dz = _pulled(plan, x, dp, number, self.tile * TILE, 1)
+            dz = _pulled(plan, x, drop(dp), number, self.tile * TILE, 1)
             dz = dz * (number("steep") * plan.order)
             found[0] = add_product(plan, found[0], dz, self.query.at[slot], self.staged)
         return tuple(found)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from kreg.bandwidth import Adaptive, Anchored, Fixed
-from pallas_kernels.mosaic_gpu.operands import Ranges
+from pallas_kernels.mosaic_gpu.operands import Draws, Ranges
 from pallas_kernels.mosaic_gpu.plan import TILE, WORD, Plan, words
 from pallas_kernels.mosaic_gpu.tiles import (
     GRID,
@@ -26,6 +26,7 @@ from pallas_kernels.mosaic_gpu.tiles import (
     Seen,
     across,
     add_product,
+    dropped,
     fetch,
     filled,
     integer,
@@ -80,10 +81,11 @@ def forward(
     value: Float[Array, "P B S K V"],
     rows: Float[Array, "B N I 2 64"],
     ranges: Ranges,
+    draws: Draws,
 ) -> Found:
     """Runs the kernel; `rows` are those named in GIVEN, y = steep q.k."""
     if plan.value_width > _WIDEST:
-        return _by_columns(plan, query, key, value, rows, ranges)
+        return _by_columns(plan, query, key, value, rows, ranges, draws)
     lists = 4 * (plan.tiles + 32 * TILE)
     stages = plan.stages(plan.width + plan.value_width, once=plan.width, more=lists)
     grid = plan.batch, plan.heads, plan.blocks
@@ -109,29 +111,30 @@ def forward(
             operand(plan, plan.value_width, stages),
             result(plan),
             plgpu.SMEM((len(GIVEN), TILE), jnp.float32),
+            plgpu.SMEM((TILE,), jnp.int32),
             plgpu.SMEM((3, TILE), jnp.int32),
             plgpu.SMEM((stages, 3, TILE), jnp.int32),
             plgpu.SMEM((len(FOUND), TILE), jnp.float32),
             plgpu.SMEM((max(plan.tiles, 4),), jnp.int32),
             plgpu.SMEM((words(plan.tiles),), jnp.int32),
             plgpu.SMEM((4,), jnp.int32),
-            plgpu.Barrier(num_arrivals=plan.parts + 2),
+            plgpu.Barrier(num_arrivals=plan.parts + 2 + plan.drops),
             plgpu.Barrier(num_arrivals=plan.parts + plan.by_key, num_barriers=stages),
             plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
             *staging(plan),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
     )
-    return Found(*kernel(query, key, value, rows, *ranges))
+    return Found(*kernel(query, key, value, rows, *ranges, *draws))
 
 
-def _by_columns(plan: Plan, query, key, value, rows, ranges: Ranges) -> Found:
+def _by_columns(plan: Plan, query, key, value, *rest) -> Found:
     """Takes wide values in parts: registers hold sums of so many columns."""
     found = []
     for first in range(0, plan.value_width, _WIDEST):
         some = value[..., first : first + _WIDEST]
         part = dataclasses.replace(plan, value_width=some.shape[-1])
-        found.append(forward(part, query, key, some, rows, ranges))
+        found.append(forward(part, query, key, some, *rest))
     out, lower = (jnp.concatenate(x, axis=-1) for x in zip(*(f[:2] for f in found), strict=True))
     return found[0]._replace(out=out, lower=lower)
 
@@ -156,10 +159,10 @@ class _Program:
     def __init__(self, plan: Plan, stages: int, *refs):
         self.plan, self.stages = plan, stages
         (self.queries, self.keys, self.values, self.rows, self.limits, self.by_keys, self.bounds,
-         *refs) = refs  # fmt: skip
+         self.draws, self.draw_word, *refs) = refs  # fmt: skip
         self.outs, refs = refs[:5], refs[5:]
-        (self.query, self.key, self.value, self.out, self.row, self.limit, self.by_key, self.found,
-         self.list, self.words, self.work, self.ready, self.key_ready, self.value_ready,
+        (self.query, self.key, self.value, self.out, self.row, self.drawn, self.limit, self.by_key,
+         self.found, self.list, self.words, self.work, self.ready, self.key_ready, self.value_ready,
          *staged) = refs  # fmt: skip
         self.staged = staged[0] if staged else None
         # From the last block on: under a causal mask it is the longest.
@@ -191,6 +194,8 @@ class _Program:
         fetch(plan, self.queries, self.batch, self.block * TILE, self.head, self.query, self.ready)
         plgpu.copy_gmem_to_smem(self.rows.at[at], self.row, self.ready)
         plgpu.copy_gmem_to_smem(self.limits.at[self.batch, self.block], self.limit, self.ready)
+        if plan.drops:
+            plgpu.copy_gmem_to_smem(self.draws.at[at], self.drawn, self.ready)
         self.bound = [self.bounds[self.batch, self.block, i] for i in range(4)]
         self.first, self.stop = self.bound[:2]
 
@@ -338,8 +343,8 @@ class _Program:
                 self._note(j)
                 p, u = power(x, plan.order), power(x, plan.order - 1)
                 values = self.value.at[slot]
-                out = add_product(plan, out, p, values, self.staged)
-                lower = add_product(plan, lower, u, values, self.staged)
+                out = add_product(plan, out, self._dropped(p, j), values, self.staged)
+                lower = add_product(plan, lower, self._dropped(u, j), values, self.staged)
                 if plan.with_support:
                     support = support + jnp.sum(power(x, 0), axis=1)
                 total, slope = total + jnp.sum(p, axis=1), slope + jnp.sum(u, axis=1)
@@ -351,6 +356,10 @@ class _Program:
         carry = nothing, nothing, filled(0.0), filled(0.0), filled(0.0), filled(0.0)
         out, lower, total, slope, support, seen = self._stream(count, tile, step, carry, True)
         self._store(out, lower, cut, total, slope, seen if counts else best, support)
+
+    def _dropped(self, x, j):
+        word = self.draw_word[0] if self.plan.drops else None
+        return dropped(self.plan, x, lambda: self.drawn, word, j)
 
     def _note(self, j) -> None:
         word, bit = lax.div(j, integer(WORD)), lax.rem(j, integer(WORD))

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kreg.dropout import row_states
 from kreg.masks import Mask
+from kreg.problem import Problem
 from pallas_kernels.mosaic_gpu.plan import TILE, Plan, words
 
 
@@ -138,6 +140,24 @@ def parts(plan: Plan, x: Float[Array, "B T N H"]) -> Float[Array, "P B T N H'"]:
         found.append(part.astype(plan.dtype))
         x = x - part
     return jnp.stack(found)
+
+
+class Draws(NamedTuple):
+    """What dropout draws from: a number of every query, and the second word of its key."""
+
+    queries: Int[Array, "#B #N #I 64"]
+    word: Int[Array, " 1"]
+
+    @classmethod
+    def of(cls, problem: Problem, plan: Plan) -> "Draws":
+        """Without dropout nobody reads them."""
+        words = problem.dropout_key
+        if words is None:
+            return cls(jnp.zeros((1, 1, 1, TILE), jnp.int32), jnp.zeros(1, jnp.int32))
+        rows = jnp.pad(problem.rows, (0, plan.blocks * TILE - plan.queries))
+        found = row_states(words, problem.pairs, rows).astype(jnp.int32)
+        shape = plan.batch, plan.heads, plan.blocks, TILE
+        return cls(found.reshape(shape), words[1:].astype(jnp.int32))
 
 
 def turned(plan: Plan, live: Int[Array, "B N I W"]) -> Int[Array, "B N J V"]:

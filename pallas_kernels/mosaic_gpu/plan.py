@@ -28,6 +28,7 @@ class Plan:
     interpreted: whether the kernel is to be run by the interpreter, which knows of no products of
         registers and of no sums that go on in an accumulator.
     by_key: whether keys have numbers of their own that say which queries see them.
+    dropout_rate: probability with which a weight is dropped.
     with_support: whether keys with weight are counted.
     """
 
@@ -45,12 +46,17 @@ class Plan:
     parts: int
     interpreted: bool
     by_key: bool
+    dropout_rate: float
     with_support: bool
 
     @property
     def in_registers(self) -> bool:
         """Whether weights go to a product from registers; parts would take too many."""
         return self.parts == 1 and not self.interpreted
+
+    @property
+    def drops(self) -> bool:
+        return self.dropout_rate > 0
 
     @property
     def blocks(self) -> int:
