@@ -74,7 +74,7 @@ LAYERS = {
     "experiments": (
         {"jax", "jaxtyping", "numpy", "flax", "optax", "kreg", "kreg.nn", "kreg.training"}
         | {"experiments"},
-        {"grain", "matplotlib", "tyro"},
+        {"grain", "matplotlib", "tyro", "pallas_kernels"},
     ),
     "pallas_kernels": ({"jax", "jaxtyping", "numpy", "kreg", "pallas_kernels"}, set()),
 }
