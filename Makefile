@@ -2,6 +2,7 @@
 PYTHON ?= python3
 OUT ?= runs/demo
 ARGS ?=
+PART ?=
 PYTEST_ARGS ?= -n auto --maxprocesses=4 --durations=15
 
 METHODS = softmax epanechnikov biweight triweight norm_relu relumax
@@ -23,6 +24,8 @@ help:
 	@echo "  make bench     kreg's speed beside jax.nn, PyTorch and entmax (the latter where installed)"
 	@echo "  make aot       the GPU kernels compiled to machine code; needs no GPU, but its compilers"
 	@echo "  make hardware  on a machine with a GPU or TPU: tests, timings, the next slice of the long runs"
+	@echo "                 PART=contract|kernels|timing|queue: one part; ARGS=\"--results experiments/results\""
+	@echo "                 keeps the small files, and goes on from what they hold"
 	@echo "  make clean     remove the environments and caches; results in runs/ stay"
 	@echo
 	@echo "  then           source .venv/bin/activate && python -m experiments.in_context --help"
@@ -70,12 +73,12 @@ core:
 # Kernels compiled for GPUs that are not there; ARGS="-m aot" for all of them.
 aot:
 	@$(BOOTSTRAP) aot
-	@KREG_AOT=1 .venv-aot/bin/python -m pytest tests/test_aot_gpu.py -m "aot and not slow" $(ARGS)
+	@KREG_AOT=1 .venv-aot/bin/python -m pytest tests/test_aot_gpu.py -m "aot and not slow" $(PYTEST_ARGS) $(ARGS)
 
 aot-oldest:
 	@$(BOOTSTRAP) aot-oldest
 	@KREG_AOT=1 .venv-aot-oldest/bin/python -m pytest tests/test_aot_gpu.py \
-		-m "aot and not slow" $(ARGS)
+		-m "aot and not slow" $(PYTEST_ARGS) $(ARGS)
 
 lint:
 	@$(BOOTSTRAP) user lint
@@ -89,7 +92,7 @@ format:
 	@.venv-lint/bin/ruff format .
 
 hardware:
-	@python=$$($(PYTHON) .ci/accelerator.py) && $$python -m experiments.hardware $(ARGS)
+	@python=$$($(PYTHON) .ci/accelerator.py) && $$python -m experiments.hardware $(PART) $(ARGS)
 
 # Renew the pinned versions (needs uv). Neither addresses nor comments go into these files.
 COMPILE = uv pip compile --quiet --universal --python-version 3.12 --upgrade --generate-hashes \

@@ -20,9 +20,10 @@ from kreg.stats import Stats
 _FUSED_BYTES = 2 * 2**20
 _DENSE_BYTES = {"cpu": 48 * 2**20}
 _DENSE_BYTES_ELSEWHERE = 2**30
-# What devices of compute capability 9.0 are called, and how many keys their kernels are worth.
+# What Hopper's devices are called, and from how many queries and keys on kernels
+# that work on 64 of each are worth it.
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-_LEAST_KEYS = 128
+_LEAST = {"t": 16, "s": 128}
 
 
 def _unwritten(name: str) -> Callable[[Problem], tuple[Array, Stats | None]]:
@@ -86,12 +87,12 @@ def check(implementation: str | None) -> None:
 
 def choose(problem: Problem) -> tuple[str, str]:
     """Chooses kernels where there are some for the device and the problem, else by size."""
-    device = _device_kind()
-    if not any(name in device for name in _HOPPER):
+    device = device_kind()
+    if not is_hopper(device):
         return _portable(problem)
-    if problem.sizes["s"] < _LEAST_KEYS:
+    if any(problem.sizes[axis] < least for axis, least in _LEAST.items()):
         name, why = _portable(problem)
-        return name, f"{why}; kernels take {_LEAST_KEYS} keys or more"
+        return name, f"{why}; kernels are for {_LEAST['t']} queries and {_LEAST['s']} keys or more"
     from pallas_kernels.mosaic_gpu.attention import declined
 
     reason = declined(problem)
@@ -114,8 +115,16 @@ def _portable(problem: Problem) -> tuple[str, str]:
     return "xla", f"blocks of queries are faster, in memory linear in length: {what}"
 
 
-def _device_kind() -> str:
-    """What a program that is traced now is meant for: the mesh says, else the default device."""
+def is_hopper(device: str) -> bool:
+    """True for devices of compute capability 9.0."""
+    return any(name in device for name in _HOPPER)
+
+
+def device_kind() -> str:
+    """What a program that is traced now is meant for: the mesh says, else the default device.
+
+    "cpu" where that is no GPU; the program may be compiled for one all the same.
+    """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         return device.device_kind

@@ -14,6 +14,7 @@ import oracle
 import pytest
 from attention_inputs import Shape, rounded
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from test_contract import (
     CAUSAL,
     Case,
@@ -219,3 +220,26 @@ def test_what_is_declined_is_named(what, arguments):
         x = jnp.ones((1, 4, 1, width), dtype)
         with pytest.raises(NotImplementedError, match=what):
             kreg.attention(x, x, x, implementation="mosaic_gpu", **arguments)
+
+
+@pytest.mark.parametrize("device", ["NVIDIA A100-SXM4-80GB", "NVIDIA B200"])
+def test_other_devices_are_declined_and_the_portable_path_goes_on(device):
+    x = jnp.ones((1, 128, 1, 64), jnp.bfloat16)
+    with on(device):
+        with pytest.raises(NotImplementedError, match=device):
+            kreg.attention(x, x, x, implementation="mosaic_gpu")
+        assert "mosaic_gpu" not in kreg.explain_implementation(x, x, x)
+
+
+def test_hopper_takes_kernels_where_they_take_the_inputs():
+    x = jnp.ones((1, 128, 1, 64), jnp.bfloat16)
+    with on("NVIDIA H200"):
+        assert kreg.explain_implementation(x, x, x).startswith("mosaic_gpu: kernels for NVIDIA")
+        assert "Gaussian" in kreg.explain_implementation(x, x, x, kernel=kreg.gaussian)
+        assert "128 keys" in kreg.explain_implementation(x[:, :1], x, x)
+
+
+def on(device: str):
+    """Programs traced inside are meant for the device."""
+    kind = AbstractDevice(device_kind=device, num_cores=None, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=kind))

@@ -70,11 +70,16 @@ def groups(*, smoke: bool) -> list[Group]:
 
 
 def kernel_timing(report: Report, deadline: Deadline, *, smoke: bool = False) -> int:
-    """Time group after group until the time is up; return 0."""
-    done: dict[str, Any] = {}
+    """Time group after group until the time is up; return 0.
+
+    Goes on from what an earlier session has left in the folder of results.
+    """
+    done: dict[str, Any] = dict(report.earlier("kernels").get("comparisons", {}))
     everything = groups(smoke=smoke)
     report.write("kernels", _content(done, everything))
     for group in everything:
+        if str(group) in done:
+            continue
         if deadline.passed:
             break
         done[str(group)] = _compare(group, deadline, smoke)

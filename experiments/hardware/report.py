@@ -1,5 +1,6 @@
 """Where results go: a JSON file a part, whole at every moment, and a copy to be committed."""
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,15 @@ class Report:
         write_json(self.out / f"{part}.json", whole)
         if self.results is not None:
             write_json(self.results / f"{slug(self.about)}-{part}.json", whole)
+
+    def earlier(self, part: str) -> dict[str, Any]:
+        """What the copy of a part holds, if it is of this device, commit and these versions."""
+        if self.results is None:
+            return {}
+        file = self.results / f"{slug(self.about)}-{part}.json"
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        same = all(found.get(name) == _plain(value) for name, value in self.about.items())
+        return found if found and same else {}
 
 
 def say(line: str) -> None:

@@ -12,6 +12,7 @@ from kreg import chunked
 from kreg.bandwidth import Adaptive, Anchored, Fixed
 from kreg.canonical import canonical
 from kreg.derivatives import differentiable
+from kreg.implementations import device_kind, is_hopper
 from kreg.inputs import Inputs, joined, plain, separate, without_dead
 from kreg.kernels import gaussian
 from kreg.masks import Mask
@@ -53,7 +54,9 @@ def declined(problem: Problem) -> str | None:
     widths = problem.query.shape[-1], problem.value.shape[-1]
     types = {jnp.dtype(x.dtype) for x in (problem.query, problem.key, problem.value)}
     parts = max(_PARTS.get(kind, 1) for kind in types)
+    device = device_kind()
     reasons = {
+        f"{device}, only for Hopper": device != "cpu" and not is_hopper(device),
         "an order that is an array": order is None,
         "an order below 1, or the Gaussian": order is not None and not 1 <= order < math.inf,
         f"{type(problem.rule).__name__}": type(problem.rule) not in (Adaptive, Anchored, Fixed),

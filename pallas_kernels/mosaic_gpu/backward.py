@@ -8,6 +8,8 @@ up by more than one program, so that results are the same from run to run.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +44,23 @@ from pallas_kernels.mosaic_gpu.tiles import (
 
 _WIDEST = 128
 # What is given of every row.
-GIVEN = ("steep", "cut", "scale", "mean", "away", "best")
+ROWS_GIVEN = ("steep", "cut", "scale", "mean", "away", "best")
+
+
+class Given(NamedTuple):
+    """What the kernels read, in global memory; `live` by block of queries or by tile of keys."""
+
+    queries: Any
+    keys: Any
+    values: Any
+    douts: Any
+    rows: Any
+    limits: Any
+    by_keys: Any
+    bounds: Any
+    draws: Any
+    draw_word: Any
+    live: Any
 
 
 def backward(
@@ -76,8 +94,25 @@ def _query_kernel(plan: Plan) -> Callable:
     both = plan.width + plan.value_width
     stages = plan.stages(both, once=both, more=4 * (plan.tiles + 22 * TILE))
     grid = plan.batch, plan.heads, plan.blocks
+    shared = {
+        "query": operand(plan, plan.width),
+        "dout": operand(plan, plan.value_width),
+        "key": operand(plan, plan.width, stages),
+        "value": operand(plan, plan.value_width, stages),
+        "row": plgpu.SMEM((len(ROWS_GIVEN), TILE), jnp.float32),
+        "drawn": plgpu.SMEM((TILE,), jnp.int32),
+        "limit": plgpu.SMEM((3, TILE), jnp.int32),
+        "by_key": plgpu.SMEM((stages, 3, TILE), jnp.int32),
+        "out": result(plan),
+        "sums": plgpu.SMEM((2, TILE), jnp.float32),
+        "list": plgpu.SMEM((max(plan.tiles, 4),), jnp.int32),
+        "ready": plgpu.Barrier(num_arrivals=2 * plan.parts + 2 + plan.drops),
+        "key_ready": plgpu.Barrier(num_arrivals=plan.parts + plan.by_key, num_barriers=stages),
+        "value_ready": plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
+        "staged": staging(plan),
+    }
     return plgpu.kernel(
-        lambda *refs: _OfQueries(plan, stages, *refs).run(),
+        lambda *refs, **shared: _OfQueries(plan, stages, refs, shared).run(),
         out_type=[
             _gradient(plan, plan.queries, plan.heads, plan.width),
             jax.ShapeDtypeStruct((*grid, 2, TILE), jnp.float32),
@@ -86,23 +121,7 @@ def _query_kernel(plan: Plan) -> Callable:
         grid_names=("block", "head", "batch"),
         num_threads=1,
         thread_name="warpgroup",
-        scratch_types=[
-            operand(plan, plan.width),
-            operand(plan, plan.value_width),
-            operand(plan, plan.width, stages),
-            operand(plan, plan.value_width, stages),
-            result(plan),
-            plgpu.SMEM((len(GIVEN), TILE), jnp.float32),
-            plgpu.SMEM((TILE,), jnp.int32),
-            plgpu.SMEM((3, TILE), jnp.int32),
-            plgpu.SMEM((stages, 3, TILE), jnp.int32),
-            plgpu.SMEM((2, TILE), jnp.float32),
-            plgpu.SMEM((max(plan.tiles, 4),), jnp.int32),
-            plgpu.Barrier(num_arrivals=2 * plan.parts + 2 + plan.drops),
-            plgpu.Barrier(num_arrivals=plan.parts + plan.by_key, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
-            *staging(plan),
-        ],
+        scratch_types=shared,
         compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
     )
 
@@ -111,29 +130,30 @@ def _key_kernel(plan: Plan, of_key: bool, of_value: bool) -> Callable:
     both = plan.width + plan.value_width
     stages = plan.stages(both, once=both, more=4 * (plan.blocks + 40 * TILE))
     widths = [plan.width] * of_key + [plan.value_width] * of_value
+    shared = {
+        "key": operand(plan, plan.width),
+        "value": operand(plan, plan.value_width),
+        "query": operand(plan, plan.width, stages),
+        "dout": operand(plan, plan.value_width, stages),
+        "row": plgpu.SMEM((stages, len(ROWS_GIVEN), TILE), jnp.float32),
+        "drawn": plgpu.SMEM((stages, TILE), jnp.int32),
+        "limit": plgpu.SMEM((stages, 3, TILE), jnp.int32),
+        "by_key": plgpu.SMEM((3, TILE), jnp.int32),
+        "out": result(plan),
+        "list": plgpu.SMEM((max(plan.blocks, 4),), jnp.int32),
+        "ready": plgpu.Barrier(num_arrivals=2 * plan.parts + plan.by_key),
+        "query_ready": plgpu.Barrier(num_arrivals=plan.parts + 2 + plan.drops, num_barriers=stages),
+        "dout_ready": plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
+        "staged": staging(plan),
+    }
     return plgpu.kernel(
-        lambda *refs: _OfKeys(plan, stages, of_key, of_value, *refs).run(),
+        lambda *refs, **shared: _OfKeys(plan, stages, of_key, of_value, refs, shared).run(),
         out_type=[_gradient(plan, plan.keys, plan.key_heads, width) for width in widths],
         grid=(plan.tiles, plan.key_heads, plan.batch),
         grid_names=("tile", "head", "batch"),
         num_threads=1,
         thread_name="warpgroup",
-        scratch_types=[
-            operand(plan, plan.width),
-            operand(plan, plan.value_width),
-            operand(plan, plan.width, stages),
-            operand(plan, plan.value_width, stages),
-            result(plan),
-            plgpu.SMEM((stages, len(GIVEN), TILE), jnp.float32),
-            plgpu.SMEM((stages, TILE), jnp.int32),
-            plgpu.SMEM((stages, 3, TILE), jnp.int32),
-            plgpu.SMEM((3, TILE), jnp.int32),
-            plgpu.SMEM((max(plan.blocks, 4),), jnp.int32),
-            plgpu.Barrier(num_arrivals=2 * plan.parts + plan.by_key),
-            plgpu.Barrier(num_arrivals=plan.parts + 2 + plan.drops, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
-            *staging(plan),
-        ],
+        scratch_types=shared,
         compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
     )
 
@@ -173,14 +193,10 @@ def _pulled(plan: Plan, x, dp, number: Callable[[str], Array], key, axis: int) -
 class _OfQueries:
     """The gradient of one block of queries of one head."""
 
-    def __init__(self, plan: Plan, stages: int, *refs):
+    def __init__(self, plan: Plan, stages: int, refs, shared: dict[str, Any]):
         self.plan, self.stages = plan, stages
-        (self.queries, self.keys, self.values, self.douts, self.rows, self.limits, self.by_keys,
-         self.bounds, self.draws, self.draw_word, self.live, self.to, self.sums_to, self.query,
-         self.dout, self.key, self.value, self.out, self.row, self.drawn, self.limit,
-         self.by_key, self.sums, self.list, self.ready, self.key_ready, self.value_ready,
-         *staged) = refs  # fmt: skip
-        self.staged = staged[0] if staged else None
+        *given, self.to, self.sums_to = refs
+        self.given, self.shared = Given(*given), SimpleNamespace(**shared)
         self.block = plan.blocks - 1 - lax.axis_index("block")
         self.head, self.batch = lax.axis_index("head"), lax.axis_index("batch")
         self.key_head = lax.div(self.head, integer(plan.share))
@@ -188,137 +204,192 @@ class _OfQueries:
     def run(self) -> None:
         plan, at = self.plan, (self.batch, self.head, self.block)
         start = self.block * TILE
-        fetch(plan, self.queries, self.batch, start, self.head, self.query, self.ready)
-        fetch(plan, self.douts, self.batch, start, self.head, self.dout, self.ready)
-        plgpu.copy_gmem_to_smem(self.rows.at[at], self.row, self.ready)
-        plgpu.copy_gmem_to_smem(self.limits.at[self.batch, self.block], self.limit, self.ready)
+        fetch(
+            plan,
+            self.given.queries,
+            self.batch,
+            start,
+            self.head,
+            self.shared.query,
+            self.shared.ready,
+        )
+        fetch(
+            plan,
+            self.given.douts,
+            self.batch,
+            start,
+            self.head,
+            self.shared.dout,
+            self.shared.ready,
+        )
+        plgpu.copy_gmem_to_smem(self.given.rows.at[at], self.shared.row, self.shared.ready)
+        plgpu.copy_gmem_to_smem(
+            self.given.limits.at[self.batch, self.block], self.shared.limit, self.shared.ready
+        )
         if plan.drops:
-            plgpu.copy_gmem_to_smem(self.draws.at[at], self.drawn, self.ready)
-        self.bound = [self.bounds[self.batch, self.block, i] for i in range(4)]
-        count = _list(words(plan.tiles), lambda i: self.live[(*at, i)], self.list)
+            plgpu.copy_gmem_to_smem(self.given.draws.at[at], self.shared.drawn, self.shared.ready)
+        self.bound = [self.given.bounds[self.batch, self.block, i] for i in range(4)]
+        count = _list(words(plan.tiles), lambda i: self.given.live[(*at, i)], self.shared.list)
         plgpu.commit_smem()
-        plgpu.barrier_wait(self.ready)
+        plgpu.barrier_wait(self.shared.ready)
         self.numbers = {
-            name: plgpu.load(self.row.at[i], layout=ROWS) for i, name in enumerate(GIVEN)
+            name: plgpu.load(self.shared.row.at[i], layout=ROWS)
+            for i, name in enumerate(ROWS_GIVEN)
         }
         carry = zeros(plan.width), filled(0.0), filled(0.0)
-        found = stream(count, self.stages, lambda t: self.list[t], self._begin, self._step, carry)
+        found = stream(
+            count, self.stages, lambda t: self.shared.list[t], self._begin, self._step, carry
+        )
         self._store(*found)
 
     def _begin(self, j, slot) -> None:
         for source, into, ready in (
-            (self.keys, self.key, self.key_ready),
-            (self.values, self.value, self.value_ready),
+            (self.given.keys, self.shared.key, self.shared.key_ready),
+            (self.given.values, self.shared.value, self.shared.value_ready),
         ):
             into, ready = into.at[slot], ready.at[slot]
             fetch(self.plan, source, self.batch, j * TILE, self.key_head, into, ready)
         if self.plan.by_key:
-            numbers = self.by_keys.at[self.batch, j]
-            plgpu.copy_gmem_to_smem(numbers, self.by_key.at[slot], self.key_ready.at[slot])
+            numbers = self.given.by_keys.at[self.batch, j]
+            plgpu.copy_gmem_to_smem(
+                numbers, self.shared.by_key.at[slot], self.shared.key_ready.at[slot]
+            )
 
     def _step(self, j, slot, carry):
         plan, (total, *sums) = self.plan, carry
-        plgpu.barrier_wait(self.key_ready.at[slot])
-        y = product(plan, self.query, self.key.at[slot].transpose((0, 2, 1)))
-        seen = Seen(plan, self.block, j, self.bound, self.limit, self.by_key.at[slot])
+        plgpu.barrier_wait(self.shared.key_ready.at[slot])
+        y = product(plan, self.shared.query, self.shared.key.at[slot].transpose((0, 2, 1)))
+        seen = Seen(plan, self.block, j, self.bound, self.shared.limit, self.shared.by_key.at[slot])
         y = seen.masked(y * across(self.numbers["steep"]))
         x = jnp.maximum(y - across(self.numbers["cut"]), 0)
-        plgpu.barrier_wait(self.value_ready.at[slot])
-        dp = product(plan, self.dout, self.value.at[slot].transpose((0, 2, 1)))
-        word = self.draw_word[0] if plan.drops else None
-        dp = dropped(plan, dp, lambda: self.drawn, word, j)
+        plgpu.barrier_wait(self.shared.value_ready.at[slot])
+        dp = product(plan, self.shared.dout, self.shared.value.at[slot].transpose((0, 2, 1)))
+        word = self.given.draw_word[0] if plan.drops else None
+        dp = dropped(plan, dp, lambda: self.shared.drawn, word, j)
         dz = _pulled(plan, x, dp, lambda name: across(self.numbers[name]), j * TILE, 0)
         # Keys with weight have y = x + cut; those without may have y = -inf.
         sums[0] = sums[0] + jnp.sum(dz * (x + across(self.numbers["cut"])), axis=1)
         if plan.rule is Fixed:
             sums[1] = sums[1] + jnp.sum(dz, axis=1)
-        return add_product(plan, total, dz, self.key.at[slot], self.staged), *sums
+        return add_product(plan, total, dz, self.shared.key.at[slot], self.shared.staged), *sums
 
     def _store(self, total, *sums) -> None:
         plan, steep = self.plan, self.numbers["steep"]
         for i, numbers in enumerate(sums):
-            self.sums.at[i][...] = numbers
+            self.shared.sums.at[i][...] = numbers
         plgpu.commit_smem()
         at = self.batch, self.head, self.block
-        plgpu.copy_smem_to_gmem(self.sums, self.sums_to.at[at])
+        plgpu.copy_smem_to_gmem(self.shared.sums, self.sums_to.at[at])
         rows = pl.ds(self.block * TILE, TILE)
         total = total * across(steep * plan.order, plan.width)
-        put(total, self.out, self.to.at[self.batch, rows, self.head])
+        put(total, self.shared.out, self.to.at[self.batch, rows, self.head])
 
 
 class _OfKeys:
     """The gradients of one tile of keys and values, of all heads that share them."""
 
-    def __init__(self, plan: Plan, stages: int, of_key: bool, of_value: bool, *refs):
+    def __init__(self, plan: Plan, stages: int, of_key: bool, of_value: bool, refs, shared):
         self.plan, self.stages, self.of_key, self.of_value = plan, stages, of_key, of_value
-        (self.queries, self.keys, self.values, self.douts, self.rows, self.limits, self.by_keys,
-         self.bounds, self.draws, self.draw_word, self.live, *refs) = refs  # fmt: skip
-        self.to, refs = refs[: of_key + of_value], refs[of_key + of_value :]
-        (self.key, self.value, self.query, self.dout, self.out, self.row, self.drawn, self.limit,
-         self.by_key, self.list, self.ready, self.query_ready, self.dout_ready,
-         *staged) = refs  # fmt: skip
-        self.staged = staged[0] if staged else None
+        count = len(Given._fields)
+        self.given, self.to = Given(*refs[:count]), refs[count:]
+        self.shared = SimpleNamespace(**shared)
         self.tile, self.batch = lax.axis_index("tile"), lax.axis_index("batch")
         self.key_head = lax.axis_index("head")
 
     def run(self) -> None:
         plan, start = self.plan, self.tile * TILE
-        fetch(plan, self.keys, self.batch, start, self.key_head, self.key, self.ready)
-        fetch(plan, self.values, self.batch, start, self.key_head, self.value, self.ready)
+        fetch(
+            plan,
+            self.given.keys,
+            self.batch,
+            start,
+            self.key_head,
+            self.shared.key,
+            self.shared.ready,
+        )
+        fetch(
+            plan,
+            self.given.values,
+            self.batch,
+            start,
+            self.key_head,
+            self.shared.value,
+            self.shared.ready,
+        )
         if plan.by_key:
-            numbers = self.by_keys.at[self.batch, self.tile]
-            plgpu.copy_gmem_to_smem(numbers, self.by_key, self.ready)
-        plgpu.barrier_wait(self.ready)
+            numbers = self.given.by_keys.at[self.batch, self.tile]
+            plgpu.copy_gmem_to_smem(numbers, self.shared.by_key, self.shared.ready)
+        plgpu.barrier_wait(self.shared.ready)
         carry = (zeros(plan.width),) * self.of_key + (zeros(plan.value_width),) * self.of_value
         found = lax.fori_loop(integer(0), integer(plan.share), self._head, carry)
         rows = self.batch, pl.ds(start, TILE), self.key_head
         for x, to in zip(found, self.to, strict=True):
-            put(x, self.out, to.at[rows])
+            put(x, self.shared.out, to.at[rows])
 
     def _head(self, i, carry):
         """Adds what flows back from the queries of one head."""
         head = self.key_head * self.plan.share + i
         at = self.batch, head, self.tile
-        count = _list(words(self.plan.blocks), lambda w: self.live[(*at, w)], self.list)
+        count = _list(
+            words(self.plan.blocks), lambda w: self.given.live[(*at, w)], self.shared.list
+        )
         plgpu.commit_smem()
 
         def begin(block, slot):
-            ready = self.query_ready.at[slot]
+            ready = self.shared.query_ready.at[slot]
             where = self.batch, block * TILE, head
-            fetch(self.plan, self.queries, *where, self.query.at[slot], ready)
-            plgpu.copy_gmem_to_smem(self.rows.at[self.batch, head, block], self.row.at[slot], ready)
-            plgpu.copy_gmem_to_smem(self.limits.at[self.batch, block], self.limit.at[slot], ready)
+            fetch(self.plan, self.given.queries, *where, self.shared.query.at[slot], ready)
+            plgpu.copy_gmem_to_smem(
+                self.given.rows.at[self.batch, head, block], self.shared.row.at[slot], ready
+            )
+            plgpu.copy_gmem_to_smem(
+                self.given.limits.at[self.batch, block], self.shared.limit.at[slot], ready
+            )
             if self.plan.drops:
-                drawn = self.draws.at[self.batch, head, block]
-                plgpu.copy_gmem_to_smem(drawn, self.drawn.at[slot], ready)
-            fetch(self.plan, self.douts, *where, self.dout.at[slot], self.dout_ready.at[slot])
+                drawn = self.given.draws.at[self.batch, head, block]
+                plgpu.copy_gmem_to_smem(drawn, self.shared.drawn.at[slot], ready)
+            fetch(
+                self.plan,
+                self.given.douts,
+                *where,
+                self.shared.dout.at[slot],
+                self.shared.dout_ready.at[slot],
+            )
 
-        return stream(count, self.stages, lambda t: self.list[t], begin, self._step, carry)
+        return stream(count, self.stages, lambda t: self.shared.list[t], begin, self._step, carry)
 
     def _step(self, block, slot, carry):
         plan, found = self.plan, list(carry)
 
         # Numbers of columns take many registers: they are loaded where they are needed.
         def number(name):
-            return across(plgpu.load(self.row.at[slot, GIVEN.index(name)], layout=COLUMNS), axis=1)
+            return across(
+                plgpu.load(self.shared.row.at[slot, ROWS_GIVEN.index(name)], layout=COLUMNS), axis=1
+            )
 
-        plgpu.barrier_wait(self.query_ready.at[slot])
-        bounds = [self.bounds[self.batch, block, i] for i in range(4)]
-        y = product(plan, self.key, self.query.at[slot].transpose((0, 2, 1)))
-        seen = Seen(plan, block, self.tile, bounds, self.limit.at[slot], self.by_key, axis=1)
+        plgpu.barrier_wait(self.shared.query_ready.at[slot])
+        bounds = [self.given.bounds[self.batch, block, i] for i in range(4)]
+        y = product(plan, self.shared.key, self.shared.query.at[slot].transpose((0, 2, 1)))
+        seen = Seen(
+            plan, block, self.tile, bounds, self.shared.limit.at[slot], self.shared.by_key, axis=1
+        )
         x = jnp.maximum(seen.masked(y * number("steep")) - number("cut"), 0)
-        plgpu.barrier_wait(self.dout_ready.at[slot])
-        word = self.draw_word[0] if plan.drops else None
+        plgpu.barrier_wait(self.shared.dout_ready.at[slot])
+        word = self.given.draw_word[0] if plan.drops else None
 
         def drop(x):
-            return dropped(plan, x, lambda: self.drawn.at[slot], word, self.tile, axis=1)
+            return dropped(plan, x, lambda: self.shared.drawn.at[slot], word, self.tile, axis=1)
 
         if self.of_value:
             p = drop(power(x, plan.order) * number("scale"))
-            found[-1] = add_product(plan, found[-1], p, self.dout.at[slot], self.staged)
+            found[-1] = add_product(
+                plan, found[-1], p, self.shared.dout.at[slot], self.shared.staged
+            )
         if self.of_key:
-            dp = product(plan, self.value, self.dout.at[slot].transpose((0, 2, 1)))
+            dp = product(plan, self.shared.value, self.shared.dout.at[slot].transpose((0, 2, 1)))
             dz = _pulled(plan, x, drop(dp), number, self.tile * TILE, 1)
             dz = dz * (number("steep") * plan.order)
-            found[0] = add_product(plan, found[0], dz, self.query.at[slot], self.staged)
+            found[0] = add_product(
+                plan, found[0], dz, self.shared.query.at[slot], self.shared.staged
+            )
         return tuple(found)

@@ -7,7 +7,8 @@ the tiles that are left. The bound never passes the threshold: a tile that is dr
 """
 
 import dataclasses
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +53,22 @@ _HALF_STEP, _FULL_STEP = (2.0**-10, 2.0**-6), (2.0**-22, 2.0**-9)
 
 # What is given and what is found of every row: its threshold in units of y, the sums of the powers
 # r and r - 1, its best key (under `Fixed` how many it sees, if that is asked), keys with weight.
-GIVEN = ("steep", "cut")
+ROWS_GIVEN = ("steep", "cut")
 FOUND = ("cut", "total", "slope", "best", "support")
+
+
+class Given(NamedTuple):
+    """What the kernel reads, in global memory; see `forward` and `operands`."""
+
+    queries: Any
+    keys: Any
+    values: Any
+    rows: Any
+    limits: Any
+    by_keys: Any
+    bounds: Any
+    draws: Any
+    draw_word: Any
 
 
 class Found(NamedTuple):
@@ -83,7 +98,7 @@ def forward(
     ranges: Ranges,
     draws: Draws,
 ) -> Found:
-    """Runs the kernel; `rows` are those named in GIVEN, y = steep q.k."""
+    """Runs the kernel; `rows` are those named in ROWS_GIVEN, y = steep q.k."""
     if plan.value_width > _WIDEST:
         return _by_columns(plan, query, key, value, rows, ranges, draws)
     lists = 4 * (plan.tiles + 32 * TILE)
@@ -93,7 +108,7 @@ def forward(
         (plan.batch, plan.queries, plan.heads, plan.value_width), plan.out_dtype
     )
     kernel = plgpu.kernel(
-        lambda *refs: _Program(plan, stages, *refs).run(),
+        lambda *refs, **shared: _Program(plan, stages, refs, shared).run(),
         out_type=[
             out,
             out,
@@ -105,27 +120,32 @@ def forward(
         grid_names=("block", "head", "batch"),
         num_threads=1,
         thread_name="warpgroup",
-        scratch_types=[
-            operand(plan, plan.width),
-            operand(plan, plan.width, stages),
-            operand(plan, plan.value_width, stages),
-            result(plan),
-            plgpu.SMEM((len(GIVEN), TILE), jnp.float32),
-            plgpu.SMEM((TILE,), jnp.int32),
-            plgpu.SMEM((3, TILE), jnp.int32),
-            plgpu.SMEM((stages, 3, TILE), jnp.int32),
-            plgpu.SMEM((len(FOUND), TILE), jnp.float32),
-            plgpu.SMEM((max(plan.tiles, 4),), jnp.int32),
-            plgpu.SMEM((words(plan.tiles),), jnp.int32),
-            plgpu.SMEM((4,), jnp.int32),
-            plgpu.Barrier(num_arrivals=plan.parts + 2 + plan.drops),
-            plgpu.Barrier(num_arrivals=plan.parts + plan.by_key, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
-            *staging(plan),
-        ],
+        scratch_types=_shared(plan, stages),
         compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
     )
-    return Found(*kernel(query, key, value, rows, *ranges, *draws))
+    return Found(*kernel(*Given(query, key, value, rows, *ranges, *draws)))
+
+
+def _shared(plan: Plan, stages: int) -> dict[str, Any]:
+    """Shared memory of a program."""
+    return {
+        "query": operand(plan, plan.width),
+        "key": operand(plan, plan.width, stages),
+        "value": operand(plan, plan.value_width, stages),
+        "row": plgpu.SMEM((len(ROWS_GIVEN), TILE), jnp.float32),
+        "drawn": plgpu.SMEM((TILE,), jnp.int32),
+        "limit": plgpu.SMEM((3, TILE), jnp.int32),
+        "by_key": plgpu.SMEM((stages, 3, TILE), jnp.int32),
+        "out": result(plan),
+        "found": plgpu.SMEM((len(FOUND), TILE), jnp.float32),
+        "list": plgpu.SMEM((max(plan.tiles, 4),), jnp.int32),
+        "words": plgpu.SMEM((words(plan.tiles),), jnp.int32),
+        "work": plgpu.SMEM((4,), jnp.int32),
+        "ready": plgpu.Barrier(num_arrivals=plan.parts + 2 + plan.drops),
+        "key_ready": plgpu.Barrier(num_arrivals=plan.parts + plan.by_key, num_barriers=stages),
+        "value_ready": plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
+        "staged": staging(plan),
+    }
 
 
 def _by_columns(plan: Plan, query, key, value, *rest) -> Found:
@@ -156,15 +176,11 @@ def _steps(order: float, total, slope, curve=None):
 class _Program:
     """One block of queries of one head."""
 
-    def __init__(self, plan: Plan, stages: int, *refs):
+    def __init__(self, plan: Plan, stages: int, refs, shared: dict[str, Any]):
         self.plan, self.stages = plan, stages
-        (self.queries, self.keys, self.values, self.rows, self.limits, self.by_keys, self.bounds,
-         self.draws, self.draw_word, *refs) = refs  # fmt: skip
-        self.outs, refs = refs[:5], refs[5:]
-        (self.query, self.key, self.value, self.out, self.row, self.drawn, self.limit, self.by_key,
-         self.found, self.list, self.words, self.work, self.ready, self.key_ready, self.value_ready,
-         *staged) = refs  # fmt: skip
-        self.staged = staged[0] if staged else None
+        count = len(Given._fields)
+        self.given, self.shared = Given(*refs[:count]), SimpleNamespace(**shared)
+        self.to = SimpleNamespace(**dict(zip(Found._fields, refs[count:], strict=True)))
         # From the last block on: under a causal mask it is the longest.
         self.block = plan.blocks - 1 - lax.axis_index("block")
         self.head, self.batch = lax.axis_index("head"), lax.axis_index("batch")
@@ -181,47 +197,59 @@ class _Program:
             cut, best, count = self._greatest()
             tile = self._listed
         else:
-            cut = plgpu.load(self.row.at[1], layout=ROWS)
+            cut = plgpu.load(self.shared.row.at[1], layout=ROWS)
             count, tile = self.stop - self.first, self._nearest
         first = 0 if self.plan.rule is Fixed else self.stop - self.first
         for i, work in enumerate((first, seen, count, passes)):
-            self.work[i] = integer(work)
+            self.shared.work[i] = integer(work)
         self._average(cut, best, count, tile)
 
     def _load(self) -> None:
         """Fetches the block, and its rows' numbers."""
         plan, at = self.plan, (self.batch, self.head, self.block)
-        fetch(plan, self.queries, self.batch, self.block * TILE, self.head, self.query, self.ready)
-        plgpu.copy_gmem_to_smem(self.rows.at[at], self.row, self.ready)
-        plgpu.copy_gmem_to_smem(self.limits.at[self.batch, self.block], self.limit, self.ready)
+        fetch(
+            plan,
+            self.given.queries,
+            self.batch,
+            self.block * TILE,
+            self.head,
+            self.shared.query,
+            self.shared.ready,
+        )
+        plgpu.copy_gmem_to_smem(self.given.rows.at[at], self.shared.row, self.shared.ready)
+        plgpu.copy_gmem_to_smem(
+            self.given.limits.at[self.batch, self.block], self.shared.limit, self.shared.ready
+        )
         if plan.drops:
-            plgpu.copy_gmem_to_smem(self.draws.at[at], self.drawn, self.ready)
-        self.bound = [self.bounds[self.batch, self.block, i] for i in range(4)]
+            plgpu.copy_gmem_to_smem(self.given.draws.at[at], self.shared.drawn, self.shared.ready)
+        self.bound = [self.given.bounds[self.batch, self.block, i] for i in range(4)]
         self.first, self.stop = self.bound[:2]
 
         def clear(i, carry):
-            self.words[i] = integer(0)
+            self.shared.words[i] = integer(0)
             return carry
 
         lax.fori_loop(integer(0), integer(words(plan.tiles)), clear, integer(0))
-        plgpu.barrier_wait(self.ready)
-        self.steep = plgpu.load(self.row.at[0], layout=ROWS)
+        plgpu.barrier_wait(self.shared.ready)
+        self.steep = plgpu.load(self.shared.row.at[0], layout=ROWS)
 
     def _nearest(self, t):
         """Tiles by themselves, the last ones first: they are the nearest under a causal mask."""
         return self.stop - 1 - t
 
     def _listed(self, t):
-        return self.list[t]
+        return self.shared.list[t]
 
     def _stream(self, count, tile, step, carry, with_values: bool = False):
         def begin(j, slot):
-            self._fetch(self.keys, j, slot, self.key, self.key_ready)
+            self._fetch(self.given.keys, j, slot, self.shared.key, self.shared.key_ready)
             if self.plan.by_key:
-                numbers = self.by_keys.at[self.batch, j]
-                plgpu.copy_gmem_to_smem(numbers, self.by_key.at[slot], self.key_ready.at[slot])
+                numbers = self.given.by_keys.at[self.batch, j]
+                plgpu.copy_gmem_to_smem(
+                    numbers, self.shared.by_key.at[slot], self.shared.key_ready.at[slot]
+                )
             if with_values:
-                self._fetch(self.values, j, slot, self.value, self.value_ready)
+                self._fetch(self.given.values, j, slot, self.shared.value, self.shared.value_ready)
 
         return stream(count, self.stages, tile, begin, step, carry)
 
@@ -230,9 +258,11 @@ class _Program:
         fetch(self.plan, source, self.batch, j * TILE, self.key_head, into, ready)
 
     def _scores(self, j, slot) -> Float[Array, "64 64"]:
-        plgpu.barrier_wait(self.key_ready.at[slot])
-        y = product(self.plan, self.query, self.key.at[slot].transpose((0, 2, 1)))
-        seen = Seen(self.plan, self.block, j, self.bound, self.limit, self.by_key.at[slot])
+        plgpu.barrier_wait(self.shared.key_ready.at[slot])
+        y = product(self.plan, self.shared.query, self.shared.key.at[slot].transpose((0, 2, 1)))
+        seen = Seen(
+            self.plan, self.block, j, self.bound, self.shared.limit, self.shared.by_key.at[slot]
+        )
         return seen.masked(y * across(self.steep))
 
     def _bound(self):
@@ -245,7 +275,7 @@ class _Program:
             top = jnp.max(y, axis=1)
 
             def move(cut, norm, slope, count):
-                self.list[count] = j
+                self.shared.list[count] = j
                 new = jnp.maximum(cut, top - 1)
                 norm = jnp.maximum(norm - slope * (new - cut), 0)
                 x = jnp.maximum(y - across(new), 0)
@@ -272,7 +302,7 @@ class _Program:
             top = jnp.max(y, axis=1)
 
             def move(cut, best, count):
-                self.list[count] = j
+                self.shared.list[count] = j
                 keys = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=GRID) + j * TILE
                 where = jnp.where(y == across(top), keys.astype(jnp.float32), -1.0)
                 best = jnp.where(top - 1 > cut, jnp.max(where, axis=1), best)
@@ -300,7 +330,7 @@ class _Program:
                 y = self._scores(j, slot)
 
                 def add(kept, *sums):
-                    self.list[kept] = j
+                    self.shared.list[kept] = j
                     x = jnp.maximum(y - across(cut), 0)
                     new = (jnp.sum(power(x, m), axis=1) for m in powers)
                     return kept + 1, *(a + b for a, b in zip(sums, new, strict=True))
@@ -337,14 +367,14 @@ class _Program:
             if counts:
                 seen = seen + jnp.sum(jnp.where(y > -jnp.inf, 1.0, 0.0), axis=1)
             x = jnp.maximum(y - across(cut), 0)
-            plgpu.barrier_wait(self.value_ready.at[slot])
+            plgpu.barrier_wait(self.shared.value_ready.at[slot])
 
             def add(out, lower, total, slope, support):
                 self._note(j)
                 p, u = power(x, plan.order), power(x, plan.order - 1)
-                values = self.value.at[slot]
-                out = add_product(plan, out, self._dropped(p, j), values, self.staged)
-                lower = add_product(plan, lower, self._dropped(u, j), values, self.staged)
+                values = self.shared.value.at[slot]
+                out = add_product(plan, out, self._dropped(p, j), values, self.shared.staged)
+                lower = add_product(plan, lower, self._dropped(u, j), values, self.shared.staged)
                 if plan.with_support:
                     support = support + jnp.sum(power(x, 0), axis=1)
                 total, slope = total + jnp.sum(p, axis=1), slope + jnp.sum(u, axis=1)
@@ -358,24 +388,23 @@ class _Program:
         self._store(out, lower, cut, total, slope, seen if counts else best, support)
 
     def _dropped(self, x, j):
-        word = self.draw_word[0] if self.plan.drops else None
-        return dropped(self.plan, x, lambda: self.drawn, word, j)
+        word = self.given.draw_word[0] if self.plan.drops else None
+        return dropped(self.plan, x, lambda: self.shared.drawn, word, j)
 
     def _note(self, j) -> None:
         word, bit = lax.div(j, integer(WORD)), lax.rem(j, integer(WORD))
-        self.words[word] = self.words[word] | lax.shift_left(integer(1), bit)
+        self.shared.words[word] = self.shared.words[word] | lax.shift_left(integer(1), bit)
 
     def _store(self, out, lower, *rows) -> None:
-        out_to, lower_to, rows_to, live_to, work_to = self.outs
         at = self.batch, self.head, self.block
         for i, numbers in enumerate(rows):
-            self.found.at[i][...] = numbers
+            self.shared.found.at[i][...] = numbers
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(self.found, rows_to.at[at])
-        plgpu.copy_smem_to_gmem(self.words, live_to.at[at])
-        plgpu.copy_smem_to_gmem(self.work, work_to.at[at])
+        plgpu.copy_smem_to_gmem(self.shared.found, self.to.rows.at[at])
+        plgpu.copy_smem_to_gmem(self.shared.words, self.to.live.at[at])
+        plgpu.copy_smem_to_gmem(self.shared.work, self.to.work.at[at])
         total, slope = rows[1:3]
         rows = pl.ds(self.block * TILE, TILE)
-        for sums, weight, to in ((out, total, out_to), (lower, slope, lower_to)):
+        for sums, weight, to in ((out, total, self.to.out), (lower, slope, self.to.lower)):
             x = sums * across(inverse(weight), self.plan.value_width)
-            put(x, self.out, to.at[self.batch, rows, self.head])
+            put(x, self.shared.out, to.at[self.batch, rows, self.head])

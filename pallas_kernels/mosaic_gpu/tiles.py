@@ -42,10 +42,11 @@ def across(x: Array, width: int = TILE, axis: int = 0) -> Array:
     return lax.broadcast_in_dim(x, (TILE, width), [axis])
 
 
-def staging(plan: Plan) -> list:
-    """Shared memory for a tile of numbers on its way into a product, where it is needed."""
-    shape = TILE, TILE
-    return [] if plan.in_registers else [plgpu.SMEM(shape, plan.dtype, transforms=SWIZZLED)]
+def staging(plan: Plan):
+    """Shared memory for a tile of numbers on its way into a product; a word where unneeded."""
+    if plan.in_registers:
+        return plgpu.SMEM((1,), jnp.int32)
+    return plgpu.SMEM((TILE, TILE), plan.dtype, transforms=SWIZZLED)
 
 
 def operand(plan: Plan, width: int, stages: int | None = None):
