@@ -66,6 +66,12 @@ def test_variants_compile_without_spills(width, options):
     assert not any(program.spilled_bytes), program
 
 
+@pytest.mark.parametrize("length", [100, 1003])
+def test_odd_lengths_compile(length):
+    program = attend(length, 64)
+    assert len(program.registers) == 3 and not any(program.spilled_bytes), program
+
+
 @pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [64, 128])

@@ -66,6 +66,9 @@ def declined(problem: Problem) -> str | None:
         "a boolean mask": mask.array is not None,
         "two sets of segments": len(mask.segments) > 1,
         f"heads wider than {_WIDEST[parts]}": max(widths) > _WIDEST[parts],
+        "float32 of width over 64 and more than 16,384 keys or queries": parts > 1
+        and max(widths) > TILE
+        and max(problem.sizes["t"], problem.sizes["s"]) > 16384,
         "types that differ, or are not bfloat16, float16 or float32": len(types) > 1
         or not types <= set(_PARTS),
     }
@@ -117,7 +120,7 @@ def _forward(inputs: Inputs, rest: Problem):
     query, key, value = (parts(plan, x) for x in (query, inputs.key, inputs.value))
     found = forward(plan, query, key, value, pack(plan, steep, cut), ranges, Draws.of(rest, plan))
     width = inputs.value.shape[-1]
-    out = found.out[..., :width]
+    out = found.out[:, : plan.queries, :, :width]
     if plan.rule is Fixed:
         empty = _without_weight(plan, found, ranges)
         out = lax.cond(
@@ -198,7 +201,7 @@ def _backward(inputs: Inputs, rest: Problem, found: Found, dout) -> Inputs:
     dquery, dkey, dvalue, sums = backward(
         plan, query, key, value, back, rows, found.live, ranges, draws
     )
-    dvalue = dvalue[..., :value_width]
+    dkey, dvalue = dkey[:, : plan.keys, :, :width], dvalue[:, : plan.keys, :, :value_width]
     # Scores are z = scale q.k, and q.k = y / steep.
     dscale = jnp.where(steep != 0, sums[0] / jnp.where(steep != 0, steep, 1), 0)
     dscale, dcut = (x[..., : plan.queries] for x in (dscale, -sums[1]))
@@ -211,8 +214,8 @@ def _backward(inputs: Inputs, rest: Problem, found: Found, dout) -> Inputs:
         )
     at = inputs.at
     return Inputs(
-        dquery[..., :width],
-        dkey[..., :width],
+        dquery[:, : plan.queries, :, :width],
+        dkey,
         dvalue,
         _summed(jnp.swapaxes(dscale, 1, 2)[..., None], inputs.scale),
         None,
@@ -224,7 +227,8 @@ def _means(plan: Plan, found: Found, total, slope, dout) -> tuple[Array, Array]:
     """Finds of every row the mean of what flows back, and what flows to a given threshold."""
 
     def means(x):
-        dot = jnp.sum(x[..., : dout.shape[-1]].astype(jnp.float32) * dout, axis=-1)
+        x = x[:, : plan.queries, :, : dout.shape[-1]]
+        dot = jnp.sum(x.astype(jnp.float32) * dout, axis=-1)
         pad = total.shape[-1] - plan.queries
         return jnp.pad(jnp.swapaxes(dot, 1, 2), ((0, 0), (0, 0), (0, pad)))
 

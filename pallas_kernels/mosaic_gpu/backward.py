@@ -7,6 +7,7 @@ keys, the other a tile of keys and walks over queries of all heads that share it
 up by more than one program, so that results are the same from run to run.
 """
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from kreg.bandwidth import Anchored, Fixed
 from pallas_kernels.mosaic_gpu.operands import Draws, Ranges, turned, unpack
-from pallas_kernels.mosaic_gpu.plan import TILE, WORD, Plan, words
+from pallas_kernels.mosaic_gpu.plan import TILE, WORD, Plan, stages, words
 from pallas_kernels.mosaic_gpu.tiles import (
     COLUMNS,
     GRID,
@@ -57,7 +58,6 @@ class Given(NamedTuple):
     rows: Any
     limits: Any
     by_keys: Any
-    bounds: Any
     draws: Any
     draw_word: Any
     live: Any
@@ -79,91 +79,105 @@ def backward(
     With dz what flows back to its scores: the sums of dz y and, under `Fixed`, of dz.
     """
     arrays = query, key, value, dout, rows, *ranges, *draws
-    dquery, sums = _query_kernel(plan)(*arrays, live)
-    arrays = *arrays, turned(plan, live)
+    dquery, sums = _query_kernel(plan, query.shape[2])(*arrays, live)
+    arrays, length = (*arrays, turned(plan, live)), key.shape[2]
     if max(plan.width, plan.value_width) <= _WIDEST:
-        dkey, dvalue = _key_kernel(plan, True, True)(*arrays)
+        dkey, dvalue = _key_kernel(plan, length, True, True)(*arrays)
     else:
         # One after the other: registers do not hold both.
-        (dkey,) = _key_kernel(plan, True, False)(*arrays)
-        (dvalue,) = _key_kernel(plan, False, True)(*arrays)
+        (dkey,) = _key_kernel(plan, length, True, False)(*arrays)
+        (dvalue,) = _key_kernel(plan, length, False, True)(*arrays)
     return dquery, dkey, dvalue, unpack(plan, sums)
 
 
-def _query_kernel(plan: Plan) -> Callable:
-    both = plan.width + plan.value_width
-    stages = plan.stages(both, once=both, more=4 * (plan.tiles + 22 * TILE))
+def _query_kernel(plan: Plan, length: int) -> Callable:
     grid = plan.batch, plan.heads, plan.blocks
+    count = stages(functools.partial(_query_shared, plan))
+    return plgpu.kernel(
+        lambda *refs, **shared: _OfQueries(plan, count, refs, shared).run(),
+        out_type=[
+            _gradient(plan, length, plan.heads, plan.width),
+            jax.ShapeDtypeStruct((*grid, 2, TILE), jnp.float32),
+        ],
+        grid=grid,
+        grid_names=("batch", "head", "block"),
+        num_threads=1,
+        thread_name="warpgroup",
+        scratch_types=_query_shared(plan, count),
+        compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
+    )
+
+
+def _query_shared(plan: Plan, stages: int) -> dict[str, Any]:
+    """Shared memory of a program with a block of queries."""
     shared = {
         "query": operand(plan, plan.width),
         "dout": operand(plan, plan.value_width),
         "key": operand(plan, plan.width, stages),
         "value": operand(plan, plan.value_width, stages),
         "row": plgpu.SMEM((len(ROWS_GIVEN), TILE), jnp.float32),
-        "drawn": plgpu.SMEM((TILE,), jnp.int32),
-        "limit": plgpu.SMEM((3, TILE), jnp.int32),
-        "by_key": plgpu.SMEM((stages, 3, TILE), jnp.int32),
+        "limit": plgpu.SMEM((4, TILE), jnp.int32),
         "out": result(plan),
         "sums": plgpu.SMEM((2, TILE), jnp.float32),
         "list": plgpu.SMEM((max(plan.tiles, 4),), jnp.int32),
-        "ready": plgpu.Barrier(num_arrivals=2 * plan.parts + 2 + plan.drops),
+        "words": plgpu.SMEM((words(plan.tiles),), jnp.int32),
+        "ready": plgpu.Barrier(num_arrivals=2 * plan.parts + 3 + plan.drops),
         "key_ready": plgpu.Barrier(num_arrivals=plan.parts + plan.by_key, num_barriers=stages),
         "value_ready": plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
-        "staged": staging(plan),
     }
+    if plan.drops:
+        shared["drawn"] = plgpu.SMEM((TILE,), jnp.int32)
+    if plan.by_key:
+        shared["by_key"] = plgpu.SMEM((stages, 3, TILE), jnp.int32)
+    return shared | staging(plan)
+
+
+def _key_kernel(plan: Plan, length: int, of_key: bool, of_value: bool) -> Callable:
+    widths = [plan.width] * of_key + [plan.value_width] * of_value
+    count = stages(functools.partial(_key_shared, plan))
     return plgpu.kernel(
-        lambda *refs, **shared: _OfQueries(plan, stages, refs, shared).run(),
-        out_type=[
-            _gradient(plan, plan.queries, plan.heads, plan.width),
-            jax.ShapeDtypeStruct((*grid, 2, TILE), jnp.float32),
-        ],
-        grid=grid[::-1],
-        grid_names=("block", "head", "batch"),
+        lambda *refs, **shared: _OfKeys(plan, count, of_key, of_value, refs, shared).run(),
+        out_type=[_gradient(plan, length, plan.key_heads, width) for width in widths],
+        grid=(plan.batch, plan.key_heads, plan.tiles),
+        grid_names=("batch", "head", "tile"),
         num_threads=1,
         thread_name="warpgroup",
-        scratch_types=shared,
+        scratch_types=_key_shared(plan, count),
         compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
     )
 
 
-def _key_kernel(plan: Plan, of_key: bool, of_value: bool) -> Callable:
-    both = plan.width + plan.value_width
-    stages = plan.stages(both, once=both, more=4 * (plan.blocks + 40 * TILE))
-    widths = [plan.width] * of_key + [plan.value_width] * of_value
+def _key_shared(plan: Plan, stages: int) -> dict[str, Any]:
+    """Shared memory of a program with a tile of keys."""
+    arrivals = plan.parts + 2 + plan.drops
     shared = {
         "key": operand(plan, plan.width),
         "value": operand(plan, plan.value_width),
         "query": operand(plan, plan.width, stages),
         "dout": operand(plan, plan.value_width, stages),
         "row": plgpu.SMEM((stages, len(ROWS_GIVEN), TILE), jnp.float32),
-        "drawn": plgpu.SMEM((stages, TILE), jnp.int32),
-        "limit": plgpu.SMEM((stages, 3, TILE), jnp.int32),
-        "by_key": plgpu.SMEM((3, TILE), jnp.int32),
+        "limit": plgpu.SMEM((stages, 4, TILE), jnp.int32),
         "out": result(plan),
         "list": plgpu.SMEM((max(plan.blocks, 4),), jnp.int32),
+        "words": plgpu.SMEM((words(plan.blocks),), jnp.int32),
         "ready": plgpu.Barrier(num_arrivals=2 * plan.parts + plan.by_key),
-        "query_ready": plgpu.Barrier(num_arrivals=plan.parts + 2 + plan.drops, num_barriers=stages),
+        "listed": plgpu.Barrier(),
+        "query_ready": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         "dout_ready": plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
-        "staged": staging(plan),
     }
-    return plgpu.kernel(
-        lambda *refs, **shared: _OfKeys(plan, stages, of_key, of_value, refs, shared).run(),
-        out_type=[_gradient(plan, plan.keys, plan.key_heads, width) for width in widths],
-        grid=(plan.tiles, plan.key_heads, plan.batch),
-        grid_names=("tile", "head", "batch"),
-        num_threads=1,
-        thread_name="warpgroup",
-        scratch_types=shared,
-        compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
-    )
+    if plan.drops:
+        shared["drawn"] = plgpu.SMEM((stages, TILE), jnp.int32)
+    if plan.by_key:
+        shared["by_key"] = plgpu.SMEM((3, TILE), jnp.int32)
+    return shared | staging(plan)
 
 
 def _gradient(plan: Plan, length: int, heads: int, width: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((plan.batch, length, heads, width), plan.out_dtype)
 
 
-def _list(count: int, word: Callable[[Array], Array], into) -> Array:
-    """Lists the set bits of a map, `word` by word; returns how many there are."""
+def _list(words, into) -> Array:
+    """Lists the set bits of a map, both in shared memory; returns how many there are."""
 
     def one(i, found):
         def unfinished(carry):
@@ -175,9 +189,11 @@ def _list(count: int, word: Callable[[Array], Array], into) -> Array:
             into[found] = i * WORD + (WORD - 1) - lax.clz(lowest)
             return left ^ lowest, found + 1
 
-        return lax.while_loop(unfinished, take, (word(i), found))[1]
+        return lax.while_loop(unfinished, take, (words[i], found))[1]
 
-    return lax.fori_loop(integer(0), integer(count), one, integer(0))
+    count = lax.fori_loop(integer(0), integer(words.shape[0]), one, integer(0))
+    plgpu.commit_smem()
+    return count
 
 
 def _pulled(plan: Plan, x, dp, number: Callable[[str], Array], key, axis: int) -> Array:
@@ -188,6 +204,10 @@ def _pulled(plan: Plan, x, dp, number: Callable[[str], Array], key, axis: int) -
     keys = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1 - axis, layout=GRID) + key
     best = keys.astype(jnp.float32) == number("best")
     return dz - jnp.where(best, number("away"), 0.0)
+
+
+def _staged(shared: SimpleNamespace):
+    return getattr(shared, "staged", None)
 
 
 class _OfQueries:
@@ -228,10 +248,10 @@ class _OfQueries:
         )
         if plan.drops:
             plgpu.copy_gmem_to_smem(self.given.draws.at[at], self.shared.drawn, self.shared.ready)
-        self.bound = [self.given.bounds[self.batch, self.block, i] for i in range(4)]
-        count = _list(words(plan.tiles), lambda i: self.given.live[(*at, i)], self.shared.list)
-        plgpu.commit_smem()
+        plgpu.copy_gmem_to_smem(self.given.live.at[at], self.shared.words, self.shared.ready)
         plgpu.barrier_wait(self.shared.ready)
+        count = _list(self.shared.words, self.shared.list)
+        self.word = self.given.draw_word[0] if plan.drops else None
         self.numbers = {
             name: plgpu.load(self.shared.row.at[i], layout=ROWS)
             for i, name in enumerate(ROWS_GIVEN)
@@ -259,19 +279,19 @@ class _OfQueries:
         plan, (total, *sums) = self.plan, carry
         plgpu.barrier_wait(self.shared.key_ready.at[slot])
         y = product(plan, self.shared.query, self.shared.key.at[slot].transpose((0, 2, 1)))
-        seen = Seen(plan, self.block, j, self.bound, self.shared.limit, self.shared.by_key.at[slot])
+        by_key = self.shared.by_key.at[slot] if plan.by_key else None
+        seen = Seen(plan, self.block, j, self.shared.limit, by_key)
         y = seen.masked(y * across(self.numbers["steep"]))
         x = jnp.maximum(y - across(self.numbers["cut"]), 0)
         plgpu.barrier_wait(self.shared.value_ready.at[slot])
         dp = product(plan, self.shared.dout, self.shared.value.at[slot].transpose((0, 2, 1)))
-        word = self.given.draw_word[0] if plan.drops else None
-        dp = dropped(plan, dp, lambda: self.shared.drawn, word, j)
+        dp = dropped(plan, dp, getattr(self.shared, "drawn", None), self.word, j)
         dz = _pulled(plan, x, dp, lambda name: across(self.numbers[name]), j * TILE, 0)
         # Keys with weight have y = x + cut; those without may have y = -inf.
         sums[0] = sums[0] + jnp.sum(dz * (x + across(self.numbers["cut"])), axis=1)
         if plan.rule is Fixed:
             sums[1] = sums[1] + jnp.sum(dz, axis=1)
-        return add_product(plan, total, dz, self.shared.key.at[slot], self.shared.staged), *sums
+        return add_product(plan, total, dz, self.shared.key.at[slot], _staged(self.shared)), *sums
 
     def _store(self, total, *sums) -> None:
         plan, steep = self.plan, self.numbers["steep"]
@@ -320,6 +340,7 @@ class _OfKeys:
             numbers = self.given.by_keys.at[self.batch, self.tile]
             plgpu.copy_gmem_to_smem(numbers, self.shared.by_key, self.shared.ready)
         plgpu.barrier_wait(self.shared.ready)
+        self.word = self.given.draw_word[0] if plan.drops else None
         carry = (zeros(plan.width),) * self.of_key + (zeros(plan.value_width),) * self.of_value
         found = lax.fori_loop(integer(0), integer(plan.share), self._head, carry)
         rows = self.batch, pl.ds(start, TILE), self.key_head
@@ -330,10 +351,9 @@ class _OfKeys:
         """Adds what flows back from the queries of one head."""
         head = self.key_head * self.plan.share + i
         at = self.batch, head, self.tile
-        count = _list(
-            words(self.plan.blocks), lambda w: self.given.live[(*at, w)], self.shared.list
-        )
-        plgpu.commit_smem()
+        plgpu.copy_gmem_to_smem(self.given.live.at[at], self.shared.words, self.shared.listed)
+        plgpu.barrier_wait(self.shared.listed)
+        count = _list(self.shared.words, self.shared.list)
 
         def begin(block, slot):
             ready = self.shared.query_ready.at[slot]
@@ -368,28 +388,30 @@ class _OfKeys:
             )
 
         plgpu.barrier_wait(self.shared.query_ready.at[slot])
-        bounds = [self.given.bounds[self.batch, block, i] for i in range(4)]
         y = product(plan, self.shared.key, self.shared.query.at[slot].transpose((0, 2, 1)))
-        seen = Seen(
-            plan, block, self.tile, bounds, self.shared.limit.at[slot], self.shared.by_key, axis=1
-        )
+        by_key = self.shared.by_key if plan.by_key else None
+        seen = Seen(plan, block, self.tile, self.shared.limit.at[slot], by_key, axis=1)
         x = jnp.maximum(seen.masked(y * number("steep")) - number("cut"), 0)
         plgpu.barrier_wait(self.shared.dout_ready.at[slot])
-        word = self.given.draw_word[0] if plan.drops else None
 
         def drop(x):
-            return dropped(plan, x, lambda: self.shared.drawn.at[slot], word, self.tile, axis=1)
+            return dropped(
+                plan, x, lambda: self.shared.drawn.at[slot], self.word, self.tile, axis=1
+            )
 
         if self.of_value:
             p = drop(power(x, plan.order) * number("scale"))
             found[-1] = add_product(
-                plan, found[-1], p, self.shared.dout.at[slot], self.shared.staged
+                plan, found[-1], p, self.shared.dout.at[slot], _staged(self.shared)
             )
         if self.of_key:
             dp = product(plan, self.shared.value, self.shared.dout.at[slot].transpose((0, 2, 1)))
             dz = _pulled(plan, x, drop(dp), number, self.tile * TILE, 1)
             dz = dz * (number("steep") * plan.order)
             found[0] = add_product(
-                plan, found[0], dz, self.shared.query.at[slot], self.shared.staged
+                plan, found[0], dz, self.shared.query.at[slot], _staged(self.shared)
             )
         return tuple(found)
+
+    def _drawn(self, slot):
+        return self.shared.drawn.at[slot] if self.plan.drops else None

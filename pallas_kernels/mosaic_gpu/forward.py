@@ -7,6 +7,7 @@ the tiles that are left. The bound never passes the threshold: a tile that is dr
 """
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from kreg.bandwidth import Adaptive, Anchored, Fixed
 from pallas_kernels.mosaic_gpu.operands import Draws, Ranges
-from pallas_kernels.mosaic_gpu.plan import TILE, WORD, Plan, words
+from pallas_kernels.mosaic_gpu.plan import TILE, WORD, Plan, stages, words
 from pallas_kernels.mosaic_gpu.tiles import (
     GRID,
     LOWEST,
@@ -66,7 +67,6 @@ class Given(NamedTuple):
     rows: Any
     limits: Any
     by_keys: Any
-    bounds: Any
     draws: Any
     draw_word: Any
 
@@ -101,14 +101,12 @@ def forward(
     """Runs the kernel; `rows` are those named in ROWS_GIVEN, y = steep q.k."""
     if plan.value_width > _WIDEST:
         return _by_columns(plan, query, key, value, rows, ranges, draws)
-    lists = 4 * (plan.tiles + 32 * TILE)
-    stages = plan.stages(plan.width + plan.value_width, once=plan.width, more=lists)
     grid = plan.batch, plan.heads, plan.blocks
-    out = jax.ShapeDtypeStruct(
-        (plan.batch, plan.queries, plan.heads, plan.value_width), plan.out_dtype
-    )
+    shape = plan.batch, query.shape[2], plan.heads, plan.value_width
+    out = jax.ShapeDtypeStruct(shape, plan.out_dtype)
+    count = stages(functools.partial(_shared, plan))
     kernel = plgpu.kernel(
-        lambda *refs, **shared: _Program(plan, stages, refs, shared).run(),
+        lambda *refs, **shared: _Program(plan, count, refs, shared).run(),
         out_type=[
             out,
             out,
@@ -116,11 +114,12 @@ def forward(
             jax.ShapeDtypeStruct((*grid, words(plan.tiles)), jnp.int32),
             jax.ShapeDtypeStruct((*grid, 4), jnp.int32),
         ],
-        grid=grid[::-1],
-        grid_names=("block", "head", "batch"),
+        # Blocks of a head run beside each other, and find its keys in the cache.
+        grid=grid,
+        grid_names=("batch", "head", "block"),
         num_threads=1,
         thread_name="warpgroup",
-        scratch_types=_shared(plan, stages),
+        scratch_types=_shared(plan, count),
         compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
     )
     return Found(*kernel(*Given(query, key, value, rows, *ranges, *draws)))
@@ -128,14 +127,12 @@ def forward(
 
 def _shared(plan: Plan, stages: int) -> dict[str, Any]:
     """Shared memory of a program."""
-    return {
+    shared = {
         "query": operand(plan, plan.width),
         "key": operand(plan, plan.width, stages),
         "value": operand(plan, plan.value_width, stages),
         "row": plgpu.SMEM((len(ROWS_GIVEN), TILE), jnp.float32),
-        "drawn": plgpu.SMEM((TILE,), jnp.int32),
-        "limit": plgpu.SMEM((3, TILE), jnp.int32),
-        "by_key": plgpu.SMEM((stages, 3, TILE), jnp.int32),
+        "limit": plgpu.SMEM((4, TILE), jnp.int32),
         "out": result(plan),
         "found": plgpu.SMEM((len(FOUND), TILE), jnp.float32),
         "list": plgpu.SMEM((max(plan.tiles, 4),), jnp.int32),
@@ -144,8 +141,12 @@ def _shared(plan: Plan, stages: int) -> dict[str, Any]:
         "ready": plgpu.Barrier(num_arrivals=plan.parts + 2 + plan.drops),
         "key_ready": plgpu.Barrier(num_arrivals=plan.parts + plan.by_key, num_barriers=stages),
         "value_ready": plgpu.Barrier(num_arrivals=plan.parts, num_barriers=stages),
-        "staged": staging(plan),
     }
+    if plan.drops:
+        shared["drawn"] = plgpu.SMEM((TILE,), jnp.int32)
+    if plan.by_key:
+        shared["by_key"] = plgpu.SMEM((stages, 3, TILE), jnp.int32)
+    return shared | staging(plan)
 
 
 def _by_columns(plan: Plan, query, key, value, *rest) -> Found:
@@ -222,8 +223,6 @@ class _Program:
         )
         if plan.drops:
             plgpu.copy_gmem_to_smem(self.given.draws.at[at], self.shared.drawn, self.shared.ready)
-        self.bound = [self.given.bounds[self.batch, self.block, i] for i in range(4)]
-        self.first, self.stop = self.bound[:2]
 
         def clear(i, carry):
             self.shared.words[i] = integer(0)
@@ -231,6 +230,8 @@ class _Program:
 
         lax.fori_loop(integer(0), integer(words(plan.tiles)), clear, integer(0))
         plgpu.barrier_wait(self.shared.ready)
+        self.first, self.stop = (self.shared.limit[3, i] for i in range(2))
+        self.word = self.given.draw_word[0] if plan.drops else None
         self.steep = plgpu.load(self.shared.row.at[0], layout=ROWS)
 
     def _nearest(self, t):
@@ -260,9 +261,8 @@ class _Program:
     def _scores(self, j, slot) -> Float[Array, "64 64"]:
         plgpu.barrier_wait(self.shared.key_ready.at[slot])
         y = product(self.plan, self.shared.query, self.shared.key.at[slot].transpose((0, 2, 1)))
-        seen = Seen(
-            self.plan, self.block, j, self.bound, self.shared.limit, self.shared.by_key.at[slot]
-        )
+        by_key = self.shared.by_key.at[slot] if self.plan.by_key else None
+        seen = Seen(self.plan, self.block, j, self.shared.limit, by_key)
         return seen.masked(y * across(self.steep))
 
     def _bound(self):
@@ -287,7 +287,7 @@ class _Program:
                 new = new + jnp.maximum(norm - 1, 0) * inverse(slope)
                 return new, jnp.minimum(norm, 1), slope, count + 1
 
-            live = jnp.max(top - carry[0]) > 0
+            live = some_above(top - carry[0])
             return lax.cond(live, move, lambda *carry: carry, *carry)
 
         start = filled(LOWEST), filled(0.0), filled(0.0), integer(0)
@@ -308,7 +308,7 @@ class _Program:
                 best = jnp.where(top - 1 > cut, jnp.max(where, axis=1), best)
                 return jnp.maximum(cut, top - 1), best, count + 1
 
-            live = jnp.max(top - carry[0]) > 0
+            live = some_above(top - carry[0])
             return lax.cond(live, move, lambda *carry: carry, *carry)
 
         start = filled(LOWEST), filled(-1.0), integer(0)
@@ -335,7 +335,7 @@ class _Program:
                     new = (jnp.sum(power(x, m), axis=1) for m in powers)
                     return kept + 1, *(a + b for a, b in zip(sums, new, strict=True))
 
-                live = jnp.max(jnp.max(y, axis=1) - floor) > 0
+                live = some_above(jnp.max(y, axis=1) - floor)
                 return lax.cond(live, add, lambda *carry: carry, *carry)
 
             start = integer(0), *(filled(0.0) for _ in powers)
@@ -347,7 +347,10 @@ class _Program:
             count, *found = sums(cut, floor, count)
             newton, best = _steps(order, *found)
             floor = jnp.maximum(floor, cut + newton)
-            return passes + 1, cut + best, floor, count, seen, jnp.max(jnp.abs(best))
+            # Steps that do not move the guess are none, nor are those of rows with NaN.
+            new = cut + best
+            size = jnp.where((new != cut) & (new == new), jnp.abs(best), 0.0)
+            return passes + 1, new, floor, count, seen, jnp.max(size)
 
         def unfinished(carry):
             return (carry[0] < _MOST_PASSES) & (carry[5] > enough)
@@ -373,14 +376,15 @@ class _Program:
                 self._note(j)
                 p, u = power(x, plan.order), power(x, plan.order - 1)
                 values = self.shared.value.at[slot]
-                out = add_product(plan, out, self._dropped(p, j), values, self.shared.staged)
-                lower = add_product(plan, lower, self._dropped(u, j), values, self.shared.staged)
+                out = add_product(plan, out, self._dropped(p, j), values, self._staged)
+                lower = add_product(plan, lower, self._dropped(u, j), values, self._staged)
                 if plan.with_support:
                     support = support + jnp.sum(power(x, 0), axis=1)
                 total, slope = total + jnp.sum(p, axis=1), slope + jnp.sum(u, axis=1)
                 return out, lower, total, slope, support
 
-            return *lax.cond(some_above(x), add, lambda *carry: carry, *carry), seen
+            live = some_above(jnp.max(x, axis=1))
+            return *lax.cond(live, add, lambda *carry: carry, *carry), seen
 
         nothing = zeros(plan.value_width)
         carry = nothing, nothing, filled(0.0), filled(0.0), filled(0.0), filled(0.0)
@@ -388,8 +392,11 @@ class _Program:
         self._store(out, lower, cut, total, slope, seen if counts else best, support)
 
     def _dropped(self, x, j):
-        word = self.given.draw_word[0] if self.plan.drops else None
-        return dropped(self.plan, x, lambda: self.shared.drawn, word, j)
+        return dropped(self.plan, x, getattr(self.shared, "drawn", None), self.word, j)
+
+    @property
+    def _staged(self):
+        return getattr(self.shared, "staged", None)
 
     def _note(self, j) -> None:
         word, bit = lax.div(j, integer(WORD)), lax.rem(j, integer(WORD))

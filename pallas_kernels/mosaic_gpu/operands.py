@@ -9,21 +9,20 @@ from jaxtyping import Array, Bool, Float, Int
 from kreg.dropout import row_states
 from kreg.masks import Mask
 from kreg.problem import Problem
-from pallas_kernels.mosaic_gpu.plan import TILE, Plan, words
+from pallas_kernels.mosaic_gpu.plan import LENGTH, TILE, Plan, words
 
 
 class Ranges(NamedTuple):
     """Which keys each query may see: those in [low, high) that, by their own numbers, see it too.
 
-    limits: low, high and segment of every query of a block.
+    limits: low, high and segment of every query of a block; and, in the first four numbers of a
+        fourth row, first tile and end of those that any query of the block sees, first and end of
+        those that all of them see whole.
     by_key: first query, end of queries and segment of every key of a tile.
-    bounds: first tile and end of those that any query of a block sees; first and end of those that
-        all of them see whole.
     """
 
-    limits: Int[Array, "B I 3 64"]
+    limits: Int[Array, "B I 4 64"]
     by_key: Int[Array, "B J 3 64"]
-    bounds: Int[Array, "B I 4"]
 
     @classmethod
     def of(cls, mask: Mask, plan: Plan) -> "Ranges":
@@ -36,12 +35,10 @@ class Ranges(NamedTuple):
             tiles = mask.tiles(plan.queries, plan.keys, TILE, TILE)[:, 0]
             (first, stop), full = (_run(tiles > 0, True), _run(tiles > 1, False))
         bounds = jnp.stack(jnp.broadcast_arrays(jnp.minimum(first, stop), stop, *full), axis=-1)
+        bounds = jnp.broadcast_to(bounds, (plan.batch, *bounds.shape[1:])).astype(jnp.int32)
+        bounds = jnp.pad(bounds, ((0, 0), (0, 0), (0, TILE - bounds.shape[-1])))
         segments, by_key = _by_key(mask, plan)
-        return cls(
-            jnp.stack([low, high, segments], axis=2),
-            by_key,
-            jnp.broadcast_to(bounds, (plan.batch, *bounds.shape[1:])).astype(jnp.int32),
-        )
+        return cls(jnp.stack([low, high, segments, bounds], axis=2), by_key)
 
     @property
     def empty(self) -> Array:
@@ -128,9 +125,10 @@ def by_row(plan: Plan, x: Float[Array, "#B #N #T"]) -> Float[Array, "B N T'"]:
     return jnp.pad(full, ((0, 0), (0, 0), (0, pad)), constant_values=1)
 
 
-def parts(plan: Plan, x: Float[Array, "B T N H"]) -> Float[Array, "P B T N H'"]:
-    """Pads the width to whole tiles, and writes float32 as a sum of bfloat16 parts."""
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % TILE)))
+def parts(plan: Plan, x: Float[Array, "B T N H"]) -> Float[Array, "P B T' N H'"]:
+    """Pads width and length, and writes float32 as a sum of bfloat16 parts."""
+    length = -x.shape[1] % LENGTH
+    x = jnp.pad(x, ((0, 0), (0, length), (0, 0), (0, -x.shape[-1] % TILE)))
     if plan.parts == 1:
         return x.astype(plan.dtype)[None]
     found = []

@@ -1,6 +1,8 @@
 """What a kernel is compiled for, and the shapes that follow from it."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,12 +10,17 @@ import jax.numpy as jnp
 # Queries in a block and keys in a tile: what one warpgroup multiplies at once, and the unit that is
 # skipped.
 TILE = 64
+# Lengths of arrays that are copied in swizzled tiles are multiples of this.
+LENGTH = 8
 # Bits in a word of the map of live tiles, and the words that one copy must hold at least.
 WORD = 32
 _WORDS_A_COPY = 4
-# Shared memory of a multiprocessor, half of it if two programs are to run there, and the tiles that
-# are fetched ahead where it allows.
+# Shared memory that a program may have, and each of two on a multiprocessor; what a buffer is
+# rounded up to; what barriers and sums across warps take; the most tiles that are fetched ahead.
 _SHARED_BYTES = 227 * 1024
+_HALF_BYTES = 113 * 1024
+_ROUNDED = 1024
+_OTHER_BYTES = 3 * 1024
 _MOST_STAGES = 3
 
 
@@ -79,22 +86,24 @@ class Plan:
         pairs = [(i, j) for i in range(self.parts) for j in range(self.parts)]
         return sorted((p for p in pairs if sum(p) < self.parts), key=sum, reverse=True)
 
-    def stages(self, widths: int, once: int, more: int) -> int:
-        """How many tiles of operands fit at once.
 
-        widths: of the operands that are fetched tile by tile, added up.
-        once: of those that stay, added up.
-        more: further bytes.
-        """
-        column = TILE * self.parts * 2
-        results = TILE * TILE * jnp.dtype(self.out_dtype).itemsize
-        staged = 0 if self.in_registers else TILE * TILE * 2
-        fixed = column * once + results + staged + more
-        for limit in (_SHARED_BYTES // 2, _SHARED_BYTES):
-            found = min(_MOST_STAGES, (limit - fixed) // (column * widths))
-            if found >= 2:
-                return found
-        return max(1, found)
+def stages(shared: Callable[[int], dict[str, Any]]) -> int:
+    """How many tiles to fetch ahead, for what a program shares given that number.
+
+    Two, where two programs then share a multiprocessor; else as many as fit.
+    """
+    needed = {count: _bytes(shared(count)) for count in range(1, _MOST_STAGES + 1)}
+    for least, limit in ((2, _HALF_BYTES), (1, _SHARED_BYTES)):
+        fitting = [count for count, size in needed.items() if size <= limit]
+        if fitting and max(fitting) >= least:
+            return max(fitting)
+    raise NotImplementedError(f"a program would need {needed[1]} bytes of shared memory")
+
+
+def _bytes(shared: dict[str, Any]) -> int:
+    buffers = [x for x in shared.values() if hasattr(x, "dtype")]
+    sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers)
+    return sum(-(-size // _ROUNDED) * _ROUNDED for size in sizes) + _OTHER_BYTES
 
 
 def words(tiles: int) -> int:

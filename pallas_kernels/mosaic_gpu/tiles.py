@@ -42,11 +42,11 @@ def across(x: Array, width: int = TILE, axis: int = 0) -> Array:
     return lax.broadcast_in_dim(x, (TILE, width), [axis])
 
 
-def staging(plan: Plan):
-    """Shared memory for a tile of numbers on its way into a product; a word where unneeded."""
+def staging(plan: Plan) -> dict[str, Any]:
+    """Shared memory for a tile of numbers on its way into a product, where it is needed."""
     if plan.in_registers:
-        return plgpu.SMEM((1,), jnp.int32)
-    return plgpu.SMEM((TILE, TILE), plan.dtype, transforms=SWIZZLED)
+        return {}
+    return {"staged": plgpu.SMEM((TILE, TILE), plan.dtype, transforms=SWIZZLED)}
 
 
 def operand(plan: Plan, width: int, stages: int | None = None):
@@ -146,14 +146,13 @@ class Seen(NamedTuple):
     plan: Plan
     block: Array
     tile: Array
-    bounds: list[Array]
     limits: Any
     by_key: Any
     axis: int = 0
 
     def masked(self, y: Array) -> Array:
         """Scores of keys that are not seen become -inf; most tiles are seen whole."""
-        full = (self.tile >= self.bounds[2]) & (self.tile < self.bounds[3])
+        full = (self.tile >= self.limits[3, 2]) & (self.tile < self.limits[3, 3])
         return lax.cond(full, lambda y: y, self._excluded, y)
 
     def _excluded(self, y: Array) -> Array:
@@ -183,16 +182,17 @@ class Seen(NamedTuple):
         return across(plgpu.load(numbers, layout=layout), axis=axis)
 
 
-def dropped(plan: Plan, x: Array, drawn: Callable, word, tile, axis: int = 0) -> Array:
+def dropped(plan: Plan, x: Array, drawn, word, tile, axis: int = 0) -> Array:
     """Drops numbers of a tile and scales the others up, by the counter of `kreg.dropout`.
 
-    drawn: gives what the counter makes of key, batch entry, head and query; word: the key's second.
+    drawn: shared memory with what the counter makes of key, batch entry, head and query; word: the
+    key's second.
     """
     if not plan.drops:
         return x
     layout = ROWS if axis else COLUMNS
     keys = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=layout) + tile * TILE
-    queries = across(plgpu.load(drawn(), layout=COLUMNS if axis else ROWS), axis=axis)
+    queries = across(plgpu.load(drawn, layout=COLUMNS if axis else ROWS), axis=axis)
     bits = _mixed(_mixed(queries ^ across(keys, axis=1 - axis)) + word)
     # Compared as numbers without sign.
     limit = min(round(plan.dropout_rate * 2**32), 2**32 - 1)
@@ -236,6 +236,9 @@ def inverse(x: Array) -> Array:
     return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1.0), 0.0)
 
 
-def some_above(x: Array) -> Array:
-    """True where any number of a tile is above 0, for all threads alike."""
-    return jnp.max(jnp.max(x, axis=1)) > 0
+def some_above(rows: Array) -> Array:
+    """True where any row's number is above 0, for all threads alike; NaN counts as above.
+
+    What a row with NaN has must not keep a tile from its neighbours.
+    """
+    return ~(jnp.max(rows) <= 0)
