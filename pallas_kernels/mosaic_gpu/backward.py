@@ -29,6 +29,7 @@ from pallas_kernels.mosaic_gpu.tiles import (
     Seen,
     across,
     add_product,
+    compiler_params,
     dropped,
     fetch,
     filled,
@@ -104,7 +105,7 @@ def _query_kernel(plan: Plan, length: int) -> Callable:
         num_threads=1,
         thread_name="warpgroup",
         scratch_types=_query_shared(plan, count),
-        compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
+        compiler_params=compiler_params(plan),
     )
 
 
@@ -143,7 +144,7 @@ def _key_kernel(plan: Plan, length: int, of_key: bool, of_value: bool) -> Callab
         num_threads=1,
         thread_name="warpgroup",
         scratch_types=_key_shared(plan, count),
-        compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
+        compiler_params=compiler_params(plan),
     )
 
 
@@ -395,9 +396,7 @@ class _OfKeys:
         plgpu.barrier_wait(self.shared.dout_ready.at[slot])
 
         def drop(x):
-            return dropped(
-                plan, x, lambda: self.shared.drawn.at[slot], self.word, self.tile, axis=1
-            )
+            return dropped(plan, x, self._drawn(slot), self.word, self.tile, axis=1)
 
         if self.of_value:
             p = drop(power(x, plan.order) * number("scale"))

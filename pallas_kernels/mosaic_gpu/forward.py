@@ -28,6 +28,7 @@ from pallas_kernels.mosaic_gpu.tiles import (
     Seen,
     across,
     add_product,
+    compiler_params,
     dropped,
     fetch,
     filled,
@@ -120,7 +121,7 @@ def forward(
         num_threads=1,
         thread_name="warpgroup",
         scratch_types=_shared(plan, count),
-        compiler_params=plgpu.CompilerParams(approx_math=plan.parts == 1),
+        compiler_params=compiler_params(plan),
     )
     return Found(*kernel(*Given(query, key, value, rows, *ranges, *draws)))
 

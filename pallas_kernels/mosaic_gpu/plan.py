@@ -16,11 +16,12 @@ LENGTH = 8
 WORD = 32
 _WORDS_A_COPY = 4
 # Shared memory that a program may have, and each of two on a multiprocessor; what a buffer is
-# rounded up to; what barriers and sums across warps take; the most tiles that are fetched ahead.
+# rounded up to; what sums across warps take, and barriers; the most tiles that are fetched ahead.
 _SHARED_BYTES = 227 * 1024
 _HALF_BYTES = 113 * 1024
 _ROUNDED = 1024
-_OTHER_BYTES = 3 * 1024
+ACROSS_WARPS_BYTES = 1024
+_BARRIER_BYTES = 1024
 _MOST_STAGES = 3
 
 
@@ -103,7 +104,9 @@ def stages(shared: Callable[[int], dict[str, Any]]) -> int:
 def _bytes(shared: dict[str, Any]) -> int:
     buffers = [x for x in shared.values() if hasattr(x, "dtype")]
     sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers)
-    return sum(-(-size // _ROUNDED) * _ROUNDED for size in sizes) + _OTHER_BYTES
+    return (
+        sum(-(-size // _ROUNDED) * _ROUNDED for size in sizes) + ACROSS_WARPS_BYTES + _BARRIER_BYTES
+    )
 
 
 def words(tiles: int) -> int:

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic_gpu.plan import TILE, Plan
+from pallas_kernels.mosaic_gpu.plan import ACROSS_WARPS_BYTES, TILE, Plan
 
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 GRID = plgpu.Layout.WGMMA
@@ -40,6 +40,13 @@ def zeros(width: int) -> Array:
 def across(x: Array, width: int = TILE, axis: int = 0) -> Array:
     """Repeats numbers of rows (axis 0) or of columns (axis 1) over a tile."""
     return lax.broadcast_in_dim(x, (TILE, width), [axis])
+
+
+def compiler_params(plan: Plan):
+    """Approximate roots and quotients are good for half types; sums across warps take little."""
+    return plgpu.CompilerParams(
+        approx_math=plan.parts == 1, reduction_scratch_bytes=ACROSS_WARPS_BYTES
+    )
 
 
 def staging(plan: Plan) -> dict[str, Any]:
