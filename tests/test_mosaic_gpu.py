@@ -199,6 +199,20 @@ def test_dropout_is_that_of_the_reference(bandwidth):
         np.testing.assert_allclose(x, y, atol=2e-5 * np.abs(y).max(), rtol=0)
 
 
+def test_a_query_of_nan_spoils_no_other():
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(x, "bfloat16") for x in rng.normal(size=(3, 1, 140, 1, 16)))
+    spoilt = query.at[0, 70].set(jnp.nan)
+    with interpreted():
+        outs = [
+            np.asarray(kreg.attention(x, key, value, implementation="mosaic_gpu"), np.float32)
+            for x in (query, spoilt)
+        ]
+    others = np.arange(140) != 70
+    np.testing.assert_array_equal(outs[0][:, others], outs[1][:, others])
+    assert np.all(np.isnan(outs[1][0, 70]))
+
+
 @pytest.mark.parametrize(
     ("what", "arguments"),
     [

@@ -392,20 +392,25 @@ class _OfKeys:
         y = product(plan, self.shared.key, self.shared.query.at[slot].transpose((0, 2, 1)))
         by_key = self.shared.by_key if plan.by_key else None
         seen = Seen(plan, block, self.tile, self.shared.limit.at[slot], by_key, axis=1)
-        x = jnp.maximum(seen.masked(y * number("steep")) - number("cut"), 0)
+        y = seen.masked(y * number("steep"))
+
+        # Formed anew where it is needed: what its powers share would be kept across the products.
+        def above():
+            return jnp.maximum(y - number("cut"), 0)
+
         plgpu.barrier_wait(self.shared.dout_ready.at[slot])
 
         def drop(x):
             return dropped(plan, x, self._drawn(slot), self.word, self.tile, axis=1)
 
         if self.of_value:
-            p = drop(power(x, plan.order) * number("scale"))
+            p = drop(power(above(), plan.order) * number("scale"))
             found[-1] = add_product(
                 plan, found[-1], p, self.shared.dout.at[slot], _staged(self.shared)
             )
         if self.of_key:
             dp = product(plan, self.shared.value, self.shared.dout.at[slot].transpose((0, 2, 1)))
-            dz = _pulled(plan, x, drop(dp), number, self.tile * TILE, 1)
+            dz = _pulled(plan, above(), drop(dp), number, self.tile * TILE, 1)
             dz = dz * (number("steep") * plan.order)
             found[0] = add_product(
                 plan, found[0], dz, self.shared.query.at[slot], _staged(self.shared)

@@ -375,13 +375,15 @@ class _Program:
 
             def add(out, lower, total, slope, support):
                 self._note(j)
-                p, u = power(x, plan.order), power(x, plan.order - 1)
                 values = self.shared.value.at[slot]
+                p = power(x, plan.order)
+                total = total + jnp.sum(p, axis=1)
                 out = add_product(plan, out, self._dropped(p, j), values, self._staged)
+                u = power(x, plan.order - 1)
+                slope = slope + jnp.sum(u, axis=1)
                 lower = add_product(plan, lower, self._dropped(u, j), values, self._staged)
                 if plan.with_support:
                     support = support + jnp.sum(power(x, 0), axis=1)
-                total, slope = total + jnp.sum(p, axis=1), slope + jnp.sum(u, axis=1)
                 return out, lower, total, slope, support
 
             live = some_above(jnp.max(x, axis=1))
