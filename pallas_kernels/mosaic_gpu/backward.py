@@ -39,6 +39,7 @@ from pallas_kernels.mosaic_gpu.tiles import (
     product,
     put,
     result,
+    staged,
     staging,
     stream,
     zeros,
@@ -207,10 +208,6 @@ def _pulled(plan: Plan, x, dp, number: Callable[[str], Array], key, axis: int) -
     return dz - jnp.where(best, number("away"), 0.0)
 
 
-def _staged(shared: SimpleNamespace):
-    return getattr(shared, "staged", None)
-
-
 class _OfQueries:
     """The gradient of one block of queries of one head."""
 
@@ -292,7 +289,7 @@ class _OfQueries:
         sums[0] = sums[0] + jnp.sum(dz * (x + across(self.numbers["cut"])), axis=1)
         if plan.rule is Fixed:
             sums[1] = sums[1] + jnp.sum(dz, axis=1)
-        return add_product(plan, total, dz, self.shared.key.at[slot], _staged(self.shared)), *sums
+        return add_product(plan, total, dz, self.shared.key.at[slot], staged(self.shared)), *sums
 
     def _store(self, total, *sums) -> None:
         plan, steep = self.plan, self.numbers["steep"]
@@ -406,14 +403,14 @@ class _OfKeys:
         if self.of_value:
             p = drop(power(above(), plan.order) * number("scale"))
             found[-1] = add_product(
-                plan, found[-1], p, self.shared.dout.at[slot], _staged(self.shared)
+                plan, found[-1], p, self.shared.dout.at[slot], staged(self.shared)
             )
         if self.of_key:
             dp = product(plan, self.shared.value, self.shared.dout.at[slot].transpose((0, 2, 1)))
             dz = _pulled(plan, above(), drop(dp), number, self.tile * TILE, 1)
             dz = dz * (number("steep") * plan.order)
             found[0] = add_product(
-                plan, found[0], dz, self.shared.query.at[slot], _staged(self.shared)
+                plan, found[0], dz, self.shared.query.at[slot], staged(self.shared)
             )
         return tuple(found)
 

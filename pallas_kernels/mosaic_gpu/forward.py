@@ -41,6 +41,7 @@ from pallas_kernels.mosaic_gpu.tiles import (
     result,
     root,
     some_above,
+    staged,
     staging,
     stream,
     zeros,
@@ -378,10 +379,10 @@ class _Program:
                 values = self.shared.value.at[slot]
                 p = power(x, plan.order)
                 total = total + jnp.sum(p, axis=1)
-                out = add_product(plan, out, self._dropped(p, j), values, self._staged)
+                out = add_product(plan, out, self._dropped(p, j), values, staged(self.shared))
                 u = power(x, plan.order - 1)
                 slope = slope + jnp.sum(u, axis=1)
-                lower = add_product(plan, lower, self._dropped(u, j), values, self._staged)
+                lower = add_product(plan, lower, self._dropped(u, j), values, staged(self.shared))
                 if plan.with_support:
                     support = support + jnp.sum(power(x, 0), axis=1)
                 return out, lower, total, slope, support
@@ -396,10 +397,6 @@ class _Program:
 
     def _dropped(self, x, j):
         return dropped(self.plan, x, getattr(self.shared, "drawn", None), self.word, j)
-
-    @property
-    def _staged(self):
-        return getattr(self.shared, "staged", None)
 
     def _note(self, j) -> None:
         word, bit = lax.div(j, integer(WORD)), lax.rem(j, integer(WORD))

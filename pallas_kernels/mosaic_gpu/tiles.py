@@ -7,6 +7,7 @@ y = z / r: the threshold of a row is then between its best score less one, and i
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def integer(x) -> Array:
+    """A 32-bit integer, whatever type JAX would give a Python number."""
     return jnp.asarray(x, jnp.int32)
 
 
@@ -34,6 +36,7 @@ def filled(value: float, layout=ROWS) -> Array:
 
 
 def zeros(width: int) -> Array:
+    """Sums of a block that nothing has been added to."""
     return plgpu.layout_cast(jnp.zeros((TILE, width), jnp.float32), GRID)
 
 
@@ -54,6 +57,11 @@ def staging(plan: Plan) -> dict[str, Any]:
     if plan.in_registers:
         return {}
     return {"staged": plgpu.SMEM((TILE, TILE), plan.dtype, transforms=SWIZZLED)}
+
+
+def staged(shared: SimpleNamespace) -> Any:
+    """The memory of `staging`, None where there is none."""
+    return getattr(shared, "staged", None)
 
 
 def operand(plan: Plan, width: int, stages: int | None = None):
@@ -118,8 +126,8 @@ def product(plan: Plan, left, right) -> Float[Array, "64 n"]:
     return pl.run_scoped(multiply, plgpu.ACC((TILE, right.shape[-1]), jnp.float32))
 
 
-def add_product(plan: Plan, total, left: Float[Array, "64 64"], right, staged) -> Any:
-    """Adds the product of a tile of numbers and an operand [64, n]."""
+def add_product(plan: Plan, total, left: Float[Array, "64 64"], right, through) -> Any:
+    """Adds the product of a tile of numbers and an operand [64, n]; through: see `staged`."""
     if plan.in_registers:
         left = left.astype(plan.dtype)
         return pl.run_state(lambda found: plgpu.wgmma(found, left, right.at[0]))(
@@ -128,12 +136,12 @@ def add_product(plan: Plan, total, left: Float[Array, "64 64"], right, staged) -
     for i in range(plan.parts):
         part = left.astype(plan.dtype)
         left = left - part.astype(jnp.float32)
-        staged[...] = part
+        through[...] = part
         plgpu.commit_smem()
 
         def multiply(found, i=i):
             for j in range(plan.parts - i):
-                plgpu.wgmma(found, staged, right.at[j])
+                plgpu.wgmma(found, through, right.at[j])
             return found[...] if plan.interpreted else None
 
         if plan.interpreted:
