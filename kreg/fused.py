@@ -29,6 +29,7 @@ from kreg.places import (
     cut_heads,
     cut_rows,
     cut_scale,
+    in_order,
     over_blocks,
     over_groups,
     product,
@@ -127,8 +128,10 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
     def group(place: Place, carry: Inputs) -> Inputs:
         local = Local.cut(problem, inputs.scale, place)
         at = cut_rows(inputs.at, place, share)
-        do = queries_first(cut_heads(dout, place, share), share).astype(dtype)
-        across = lax.optimization_barrier([jnp.moveaxis(x, 3, 1) for x in (local.query, do)])
+        do = in_order(queries_first(cut_heads(dout, place, share), share).astype(dtype))
+        across = lax.optimization_barrier(
+            [in_order(jnp.moveaxis(x, 3, 1)) for x in (local.query, do)]
+        )
         # Transposed, so that every product reads both operands along rows.
         dk = jnp.zeros((*local.key.shape[:1], *local.key.shape[:0:-1]), dtype)
         dv = jnp.zeros((*local.value.shape[:1], *local.value.shape[:0:-1]), dtype)

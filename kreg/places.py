@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from kreg.bands import Block, group_size
@@ -111,7 +112,7 @@ class Local:
         query = query * cut_scale(scale, place, share)
         key, value = (jnp.swapaxes(x[0], 0, 1).astype(dtype) for x in (part.key, part.value))
         # One copy each, not one a block.
-        return cls(part, *lax.optimization_barrier((query, key, value)))
+        return cls(part, *lax.optimization_barrier([in_order(x) for x in (query, key, value)]))
 
     def part(self, block: Block, start, first) -> Problem:
         return self.problem.part(t=(start, block.rows), s=(first, block.keys))
@@ -163,8 +164,7 @@ def in_order(x: Array) -> Array:
 
     Transposed without this, it would be read out of order, number by number, by all who read it.
     """
-    # An array of one axis has only one order.
-    return lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def product(a: Array, b: Array, i: int, j: int, precision) -> Array:
