@@ -48,18 +48,20 @@ test:
 # What takes minutes: the hardware command on CPU, the longest derivative checks.
 slow:
 	@$(BOOTSTRAP)
-	@XLA_FLAGS= $(PY) -m pytest -m "slow and not nightly" $(PYTEST_ARGS) $(ARGS)
+	@$(PY) -m pytest -m "slow and not nightly" $(PYTEST_ARGS) $(ARGS)
 
 # kreg beside jax.nn, and beside PyTorch and entmax where they are installed.
 bench:
 	@$(BOOTSTRAP)
 	@$(PY) -m experiments.bench $(ARGS)
 
-# Many drawn cases of the contract, compiled as users compile, and all of the kernels', interpreted
-# and compiled; the log is kept.
+# Many drawn cases of the contract and all slow tests, compiled as users compile, and all of the
+# kernels', interpreted and compiled; the log is kept.
 nightly:
 	@$(BOOTSTRAP) user aot
 	@(XLA_FLAGS= KREG_CASES=2000 $(PY) -m pytest tests/test_contract.py -v $(ARGS) && \
+		XLA_FLAGS= $(PY) -m pytest -m slow --ignore tests/test_mosaic_gpu.py \
+			--ignore tests/test_aot_gpu.py $(PYTEST_ARGS) $(ARGS) && \
 		$(PY) -m pytest tests/test_mosaic_gpu.py -v $(PYTEST_ARGS) $(ARGS) && \
 		KREG_AOT=1 .venv-aot/bin/python -m pytest tests/test_aot_gpu.py -v $(PYTEST_ARGS) $(ARGS)) \
 		> tests/nightly.log; \

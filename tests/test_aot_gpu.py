@@ -144,5 +144,6 @@ LONG = pytest.param(131072, marks=[pytest.mark.nightly, pytest.mark.slow])
 def test_memory_is_linear_but_for_a_bit_a_tile(length):
     width, heads = 64, 4
     program = attend(length, width, heads=heads, key_heads=heads)
-    bits = 2 * (length // 64) ** 2 / 8  # of queries, and turned for keys
-    assert program.temporary_bytes <= heads * (3 * length * width + bits)
+    bits = (length // 64) ** 2 / 8
+    # The bits are there twice, turned for keys: to 128k the second map is within the sixteenth.
+    assert program.temporary_bytes <= heads * ((3 + 1 / 16) * length * width + bits)

@@ -32,7 +32,7 @@ def temporary_bytes(length: int, mode: str, implementation: str, cell: dict) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["vjp", "jvp"])
+@pytest.mark.parametrize("mode", ["vjp", pytest.param("jvp", marks=pytest.mark.nightly)])
 def test_xla_is_linear(mode):
     sizes = [temporary_bytes(n, mode, "xla", {"kernel": kreg.biweight}) for n in LENGTHS]
     # Never more than in proportion to the length, counted from 1k; and once the rows are cut into

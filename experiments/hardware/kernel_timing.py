@@ -3,6 +3,7 @@
 Everybody gets the same tensors. Peers that are not installed, or do not run here, say why.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ EXPECTED: dict[str, dict[int, float]] = {
     "flash-attention 2": {4096: 1 / 1.2, 8192: 1 / 1.4, 32768: 1 / 1.8, 131072: 1 / 3.0},
     "adasplash 2": {4096: 1 / 1.35, 8192: 1 / 1.4, 32768: 1 / 1.6, 131072: 1 / 1.9},
 }
-BASELINES = ("jax cudnn", "flash-attention 2", "adasplash 2")
+BASELINES = ("jax cudnn", "tokamax", "flash-attention 2", "adasplash 2")
 METHOD = (
     "Causal, in turns in one process; a round is as many calls in a row as fill 20 ms, waited for "
     "at the end. Tokens: batch times length is 16,384 or more. 'live' is the share of the tiles "
@@ -108,8 +109,12 @@ def _contestants(group: Group) -> dict[str, Callable[..., Any]]:
             query, key, value, is_causal=True, implementation="cudnn"
         )
 
+    def tokamax(query, key, value):
+        attend = importlib.import_module("tokamax").dot_product_attention
+        return attend(query, key, value, is_causal=True, implementation=("mosaic", "triton"))
+
     kernels = {"biweight": kreg.biweight, "epanechnikov": kreg.epanechnikov}
-    attentions: dict[str, Callable[..., Any]] = {"jax cudnn": softmax}
+    attentions: dict[str, Callable[..., Any]] = {"jax cudnn": softmax, "tokamax": tokamax}
     for name, kernel in (kernels | {"triweight": kreg.triweight}).items():
 
         def attend(query, key, value, kernel=kernel):
@@ -119,18 +124,20 @@ def _contestants(group: Group) -> dict[str, Callable[..., Any]]:
 
         attentions[f"kreg {name}"] = attend
 
-    def both(attention):
-        def run(query, key, value, cotangent):
-            output, pull = jax.vjp(attention, query, key, value)
-            return output, pull(cotangent)
+    return {name: _turn(group, attention) for name, attention in attentions.items()}
 
-        return run
 
-    def forward(attention):
-        return lambda query, key, value, cotangent: attention(query, key, value)
+def _turn(group: Group, attention: Callable[..., Any]) -> Callable[..., Any]:
+    """What is timed of an attention."""
 
-    turn = both if group.backward else forward
-    return {name: turn(attention) for name, attention in attentions.items()}
+    def both(query, key, value, cotangent):
+        output, pull = jax.vjp(attention, query, key, value)
+        return output, pull(cotangent)
+
+    def forward(query, key, value, cotangent):
+        return attention(query, key, value)
+
+    return both if group.backward else forward
 
 
 def _live(inputs: list[jax.Array]) -> float | None:
