@@ -1,0 +1,151 @@
+"""How fast a Memory Mosaic trains on this machine, beside the same model in PyTorch.
+
+A turn is a whole training step: loss, gradients, clipping, AdamW. Both start from the same
+parameters and see the same tokens, without dropout; losses are compared before anything is timed.
+PyTorch's denormals are flushed, and it is timed as it comes and compiled: the better one counts.
+Needs torch and entmax (pip install torch entmax).
+"""
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments.bench import Contestant, markdown, optional, processor, run, show
+from experiments.in_context.environment import describe
+from experiments.in_context.results import write_json
+from experiments.methods import method
+from kreg.nn import MemoryMosaic, MosaicConfig, to_torch
+from kreg.training import adamw, init_state, make_step, mean_token_cross_entropy
+
+VOCABULARY = 20
+METHODS = ("softmax", "biweight", "epanechnikov", "triweight")
+DECAY, CLIP, RATE = 0.01, 1.0, 1e-4
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.mosaic_bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=METHODS, default=METHODS)
+    add("--batch", type=int, default=32, help="sequences in a step")
+    add("--length", type=int, default=375, help="their tokens; the benchmark's mean is 375")
+    add("--layers", type=int, default=2)
+    add("--heads", type=int, default=8)
+    add("--width", type=int, default=128)
+    add("--slots", type=int, default=448, help="learned pairs of every persistent memory")
+    add("--rounds", type=int, default=5, help="turns of each, a turn being two steps")
+    add("--eager", action="store_true", help="do not compile PyTorch's model")
+    add("--out", type=Path, default=Path("runs/mosaic_bench"))
+    return parser.parse_args(arguments)
+
+
+def main(options: argparse.Namespace) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    comparisons = {}
+    for name in options.methods:
+        title = f"train step, {name}, B{options.batch} T{options.length}"
+        comparisons[title] = run(contestants(options, name), options.rounds)
+        show(title, comparisons[title])
+    peers = {name: metadata.version(name) for name in ("torch", "entmax") if optional(name)}
+    machine = {"cores": os.cpu_count(), "processor": processor(), "peers": peers}
+    sizes = {k: v for k, v in vars(options).items() if isinstance(v, int)}
+    found = describe() | machine | {"method": __doc__, "sizes": sizes, "results": comparisons}
+    write_json(options.out / "mosaic_bench.json", found)
+    (options.out / "mosaic_bench.md").write_text(markdown(comparisons))
+    print(f"written: {options.out / 'mosaic_bench.json'}, {options.out / 'mosaic_bench.md'}")
+
+
+def contestants(options: argparse.Namespace, name: str) -> dict[str, Contestant]:
+    """Make the training steps, and see that they start from the same loss."""
+    model = make_model(options, name)
+    tokens = np.random.default_rng(0).integers(
+        0, VOCABULARY, (options.batch, options.length + 1), dtype=np.int32
+    )
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    turns = {"kreg": ours(model, inputs, labels)}
+    state = to_torch(model)
+    turns["torch"] = theirs(options, state, name, inputs, labels, compiled=False)
+    if not options.eager:
+        turns["torch compiled"] = theirs(options, state, name, inputs, labels, compiled=True)
+    losses = {who: [turn(), turn()] for who, turn in turns.items()}
+    for who, found in losses.items():
+        np.testing.assert_allclose(found, losses["kreg"], rtol=1e-5, err_msg=who)
+    return {who: Contestant(turn) for who, turn in turns.items()}
+
+
+def make_model(options: argparse.Namespace, name: str) -> MemoryMosaic:
+    chosen = method(name)
+    config = MosaicConfig(
+        vocab_size=VOCABULARY,
+        num_layers=options.layers,
+        num_heads=options.heads,
+        embed_dim=options.width,
+        memory_size=options.slots,
+        kernel=chosen.kernel,
+        bandwidth=chosen.bandwidth,
+    )
+    return MemoryMosaic(config, rngs=nnx.Rngs(0))
+
+
+def ours(model: MemoryMosaic, inputs: np.ndarray, labels: np.ndarray) -> Callable[[], float]:
+    """A step of kreg's, that keeps its state and returns the loss before it."""
+    graph, params = nnx.split(model, nnx.Param)
+
+    def loss(params, batch, key):
+        logits = nnx.merge(graph, params)(batch[0])
+        return mean_token_cross_entropy(logits, batch[1], ignore=-1), {}
+
+    tx = adamw(optax.constant_schedule(RATE), weight_decay=DECAY, clip=CLIP)
+    step = make_step(loss, tx)
+    state = init_state(nnx.to_pure_dict(params), tx, jax.random.key(0))
+    batch = jax.device_put((inputs, labels))
+
+    def turn():
+        nonlocal state
+        state, metrics = step(state, batch)
+        return float(metrics["loss"])
+
+    return turn
+
+
+def theirs(
+    options: argparse.Namespace, state: dict, name: str, inputs, labels, *, compiled: bool
+) -> Callable[[], float]:
+    """The same of PyTorch's."""
+    import torch
+
+    from experiments.torch_mosaic import Mosaic
+
+    torch.set_flush_denormal(True)
+    model: Any = Mosaic(state, options.layers, options.heads, name)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), RATE, betas=(0.9, 0.999), weight_decay=DECAY, fused=True
+    )
+    given = torch.from_numpy(inputs).long(), torch.from_numpy(labels).long()
+    forward = torch.compile(model.loss) if compiled else model.loss
+
+    def turn():
+        loss = forward(*given)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return turn
+
+
+if __name__ == "__main__":
+    main(parse())
