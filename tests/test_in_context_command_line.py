@@ -1,14 +1,18 @@
 """What the in-context experiment reads from a command line, with tyro and without."""
 
 import dataclasses
+import functools
 import sys
 
 import pytest
 
-from experiments.in_context.command_line import parse
 from experiments.in_context.config import PRESETS, Config
-from experiments.in_context.sweep import settings
+from experiments.in_context.experiment import EXPERIMENT
 from experiments.regbench import AutomataConfig
+from experiments.runs import command_line
+from experiments.runs.sweep import settings
+
+parse = functools.partial(command_line.parse, EXPERIMENT)
 
 
 @pytest.fixture(params=["tyro", "argparse"])

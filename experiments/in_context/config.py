@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.methods import PAPER, method
+from experiments.methods import PAPER
 from experiments.regbench import AutomataConfig
+from experiments.runs.experiment import check_counts, check_runs
 
 
 @dataclass(frozen=True)
@@ -148,26 +149,15 @@ PRESETS = {"smoke": SMOKE, "small": SMALL, "paper": Config(preset="paper")}
 
 def check(config: Config) -> None:
     """Raise ValueError for a value that no run could start with, before anything is written."""
-    for field_name in ("methods", "seeds"):
-        given = getattr(config, field_name)
-        if not given or len(set(given)) < len(given):
-            raise ValueError(f"--{field_name}: expected one or more, none twice, got {given}")
-    for name in config.methods:
-        method(name)
+    check_runs(config)
     counts = {
         "data": ("train", "validation", "test"),
         "model": ("layers", "heads", "width", "slots"),
+        "training": ("epochs", "batch_size", "evaluations"),
     }
-    counts["training"] = ("epochs", "batch_size", "evaluations")
-    for part, names in counts.items():
-        for name in names:
-            if (value := getattr(getattr(config, part), name)) < 1:
-                option = f"--{part}.{name.replace('_', '-')}"
-                raise ValueError(f"{option}: expected at least 1, got {value}")
+    check_counts(config, counts)
     if config.model.width % config.model.heads:
         raise ValueError(
             f"--model.width: expected a multiple of --model.heads {config.model.heads}, "
             f"got {config.model.width}"
         )
-    if config.time_limit is not None and not config.time_limit > 0:
-        raise ValueError(f"--time-limit: expected a positive number, got {config.time_limit}")

@@ -5,16 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from experiments.in_context.config import Config, check
-from experiments.in_context.objective import summary
-from experiments.in_context.results import BASELINES, EXPERIMENT, read_json, write_json
-from experiments.in_context.run import Setting, announce, check_owner, run
-from experiments.regbench import Benchmark, make_split, ngram
+from experiments.runs.experiment import Config, Experiment
+from experiments.runs.json_files import read_json, write_json
+from experiments.runs.results import BASELINES, EXPERIMENT
+from experiments.runs.run import Setting, announce, check_owner, run
+from experiments.runs.task import Task
 from kreg.training.run_directory import as_json, first_difference
-
-ORDERS = {"2-gram": 2, "3-gram": 3}
 
 
 def settings(config: Config) -> list[Setting]:
@@ -22,7 +18,7 @@ def settings(config: Config) -> list[Setting]:
     return [Setting(config, name, seed) for seed in config.seeds for name in config.methods]
 
 
-def prepare(config: Config) -> None:
+def prepare[C: Config](experiment: Experiment[C], config: C) -> None:
     """Check that the runs can be made where they are to be made, before anything is changed.
 
     Raises:
@@ -30,7 +26,7 @@ def prepare(config: Config) -> None:
             names the field.
         OSError: the folder cannot be made.
     """
-    check(config)
+    experiment.check(config)
     stored = config.folder / EXPERIMENT
     if stored.is_file():
         found = read_json(stored, ("experiment",))["experiment"]
@@ -45,17 +41,12 @@ def prepare(config: Config) -> None:
     config.folder.mkdir(parents=True, exist_ok=True)
 
 
-def sweep(config: Config, say: Callable[[str], None]) -> bool:
+def sweep[C: Config](experiment: Experiment[C], config: C, say: Callable[[str], None]) -> bool:
     """Do the runs that are not finished; tell whether all are."""
     clock = _Clock(config.time_limit)
-    benchmark = make_split(
-        config.data.automata,
-        train=config.data.train,
-        validation=config.data.validation,
-        test=config.data.test,
-        seed=config.data.seed,
-    )
-    _describe(config, benchmark, say)
+    task = experiment.load_task()
+    data = task.load(config)
+    _describe(task, config, data, say)
     everything = settings(config)
     for setting in everything:
         announce(setting)
@@ -65,7 +56,7 @@ def sweep(config: Config, say: Callable[[str], None]) -> bool:
     for number, setting in enumerate(waiting, 1):
         what = f"{setting.method} seed {setting.seed}"
         say(f"[{number}/{len(waiting)}] {what}, {clock.told(number - 1, len(waiting))}")
-        if clock.left == 0 or not run(setting, benchmark, time_limit=clock.left, label=what):
+        if clock.left == 0 or not run(task, setting, data, time_limit=clock.left, label=what):
             say(f"stopped in {what}; the same command goes on from there")
             return False
     return True
@@ -96,23 +87,10 @@ class _Clock:
         return f"{gone}, about {self.seconds / done * (count - done) / 60:.1f} min left"
 
 
-def _describe(config: Config, benchmark: Benchmark, say: Callable[[str], None]) -> None:
-    """Write what the runs share, how large the held-out set came out, and the n-gram baselines."""
-    sizes = benchmark.test.automata.sizes
-    facts = {
-        "test_automata": len(benchmark.test),
-        "test_positions": int(benchmark.test.lengths.sum()),
-        "states": [int(sizes.min()), float(np.mean(sizes)), int(sizes.max())],
-        "longest": int(benchmark.train.input_ids.shape[1]),
-    }
+def _describe(task: Task, config: Config, data: Any, say: Callable[[str], None]) -> None:
+    """Write what the runs share, facts about their data, and what scores without training."""
+    facts, sentence = task.describe(config, data)
     write_json(config.folder / EXPERIMENT, {"experiment": config.experiment(), "benchmark": facts})
-    say(
-        f"{config.data.train:,} automata to learn from, {facts['test_automata']:,} unseen ones to "
-        f"test on ({facts['test_positions']:,} positions)"
-    )
-    if (config.folder / BASELINES).is_file():
-        return
-    baselines: dict[str, dict[str, Any]] = {
-        name: summary(ngram.score(benchmark.test, order)) for name, order in ORDERS.items()
-    }
-    write_json(config.folder / BASELINES, baselines)
+    say(sentence)
+    if not (config.folder / BASELINES).is_file() and (baselines := task.baselines(data)):
+        write_json(config.folder / BASELINES, baselines)

@@ -1,20 +1,19 @@
 """The folders of an experiment: who writes what, and reading it back.
 
-OUT/experiment.json           what all runs in OUT share (and how large the benchmark came out)
-OUT/baselines.json            the n-gram baselines on the same positions
+OUT/experiment.json           what all runs in OUT share, and facts about their data
+OUT/baselines.json            scores that need no training, where there are any
 OUT/METHOD/seedK/run.json     method, seed, experiment, versions, commit, device
                  metrics.jsonl, checkpoints/
                  result.json  written once, when the run has been tested
 """
 
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.methods import folder_name, rank
+from experiments.runs.json_files import read_json
 from kreg.training.metrics import read_metrics
 
 EXPERIMENT, BASELINES, RUN, RESULT = (
@@ -45,13 +44,13 @@ class Run:
         return f"stopped at step {last:,} of {steps:,}" if last < steps else "trained, not tested"
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """Return the steps of the evaluations and what they found on the validation automata."""
+        """Return the steps of the evaluations and what they found on the validation set."""
         points = [(e["step"], e[name]) for e in self.events if e["event"] == "eval" and name in e]
         return [step for step, _ in points], [value for _, value in points]
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Results:
     """All that a folder of runs holds."""
 
     folder: Path
@@ -76,8 +75,8 @@ def run_folder(out: Path, method: str, seed: int) -> Path:
     return out / folder_name(method) / f"seed{seed}"
 
 
-def read_experiment(out: Path) -> Experiment:
-    """Read a folder of runs.
+def read_experiment(out: Path, scores: Iterable[str] = ()) -> Results:
+    """Read a folder of runs, whose results must have the scores.
 
     Raises:
         ValueError: it is not one, or a file in it cannot be understood; the message names the file.
@@ -86,47 +85,15 @@ def read_experiment(out: Path) -> Experiment:
         raise ValueError(f"{out}: expected a folder of runs with {EXPERIMENT} in it")
     shared = read_json(out / EXPERIMENT, ("experiment", "benchmark"))
     baselines = read_json(out / BASELINES, ()) if (out / BASELINES).is_file() else {}
-    runs = [_read_run(file.parent) for file in out.glob(f"*/seed*/{RUN}")]
+    runs = [_read_run(file.parent, scores) for file in out.glob(f"*/seed*/{RUN}")]
     runs.sort(key=lambda run: (rank(run.method), run.seed))
-    return Experiment(out, shared["experiment"], shared["benchmark"], baselines, runs)
+    return Results(out, shared["experiment"], shared["benchmark"], baselines, runs)
 
 
-def _read_run(folder: Path) -> Run:
+def _read_run(folder: Path, scores: Iterable[str]) -> Run:
     about = read_json(folder / RUN, ("method", "seed"))
     result = {}
     if (folder / RESULT).is_file():
-        result = read_json(folder / RESULT, ("accuracy", "tvd", "kl", "steps", "seconds"))
+        result = read_json(folder / RESULT, (*scores, "steps", "seconds"))
     events = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
     return Run(folder, about["method"], about["seed"], result, events)
-
-
-def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """Read an object that must have the keys.
-
-    Raises:
-        ValueError: it cannot be read, or a key is missing; the message names the file.
-    """
-    try:
-        content = json.loads(path.read_text())
-        missing = [key for key in keys if key not in content]
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: expected a JSON object, got {error}") from error
-    if missing:
-        raise ValueError(f"{path}: expected the key {missing[0]!r}")
-    return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all: the old one stays until the new one is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with open(partial, "w") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
