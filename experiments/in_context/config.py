@@ -87,6 +87,9 @@ class Config:
     """Folder of the runs; by default runs/in_context/ and the preset with what departs from it."""
     time_limit: float | None = None
     """Stop cleanly after this many minutes; the same command goes on from there."""
+    together: str = "auto"
+    """Seeds of a method in one program: a number, or auto (all on an accelerator, 1 on a CPU).
+    A run's folder does not show it, and a run that was stopped goes on with others or alone."""
     compat: Literal["dense", "eft"] | None = None
     """Compute the methods as one of the authors' two files does, faults included."""
     data: Data = field(default_factory=Data)

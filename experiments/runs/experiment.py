@@ -3,6 +3,7 @@
 Light to import: what takes seconds (flax, optax, orbax) comes with `Experiment.task`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,9 @@ class Config(Protocol):
 
     @property
     def time_limit(self) -> float | None: ...
+
+    @property
+    def together(self) -> str: ...
 
     @property
     def training(self) -> Training: ...
@@ -100,6 +104,8 @@ def check_runs(config: Config) -> None:
             raise ValueError(f"--{name}: expected one or more, none twice, got {given}")
     for name in config.methods:
         method(name)
+    if config.together != "auto" and not re.fullmatch(r"[1-9]\d*", config.together):
+        raise ValueError(f"--together: expected auto or at least 1, got {config.together!r}")
     if config.time_limit is not None and not config.time_limit > 0:
         raise ValueError(f"--time-limit: expected a positive number, got {config.time_limit}")
 

@@ -1,9 +1,11 @@
-"""All methods and seeds of a command, one after the other, in one folder."""
+"""All methods and seeds of a command in one folder: seeds in company, companies in turn."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import jax
 
 from experiments.runs.experiment import Config, Experiment
 from experiments.runs.json_files import read_json, write_json
@@ -53,13 +55,39 @@ def sweep[C: Config](experiment: Experiment[C], config: C, say: Callable[[str], 
     waiting = [setting for setting in everything if not setting.finished]
     if skipped := len(everything) - len(waiting):
         say(f"{skipped} of {len(everything)} runs are finished already")
-    for number, setting in enumerate(waiting, 1):
-        what = f"{setting.method} seed {setting.seed}"
-        say(f"[{number}/{len(waiting)}] {what}, {clock.told(number - 1, len(waiting))}")
-        if clock.left == 0 or not run(task, setting, data, time_limit=clock.left, label=what):
+    companies = in_company(waiting, company_size(config))
+    for number, company in enumerate(companies, 1):
+        what = _name(company)
+        say(f"[{number}/{len(companies)}] {what}, {clock.told(number - 1, len(companies))}")
+        if clock.left == 0 or not run(task, company, data, time_limit=clock.left, label=what):
             say(f"stopped in {what}; the same command goes on from there")
             return False
     return True
+
+
+def company_size(config: Config) -> int:
+    """Return how many runs of a method are one program: as `together` says.
+
+    On an accelerator a run of these sizes leaves most of it idle, so all seeds go together; on a
+    CPU there is nothing idle, and two runs together take as long as one after the other.
+    """
+    if config.together != "auto":
+        return int(config.together)
+    return 1 if jax.default_backend() == "cpu" else len(config.seeds)
+
+
+def in_company(waiting: Sequence[Setting], size: int) -> list[list[Setting]]:
+    """Put runs of one method together, so many at most, in the order of their first ones."""
+    companies = []
+    for method in dict.fromkeys(setting.method for setting in waiting):
+        own = [setting for setting in waiting if setting.method == method]
+        companies += [own[start : start + size] for start in range(0, len(own), size)]
+    return sorted(companies, key=lambda company: waiting.index(company[0]))
+
+
+def _name(company: Sequence[Setting]) -> str:
+    seeds = ", ".join(str(setting.seed) for setting in company)
+    return f"{company[0].method} seed{'s' if len(company) > 1 else ''} {seeds}"
 
 
 @dataclass

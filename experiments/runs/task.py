@@ -9,9 +9,10 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from experiments.runs.experiment import Config
-from kreg.training import make_step
+from kreg.training import make_step, make_steps
 from kreg.training.data import BatchIterator
 from kreg.training.step import LossFn, StepFn
+from kreg.training.together import StepsFn
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +34,17 @@ class Program:
     test: Callable[[PyTree[Array], Any], dict[str, Any]]
 
 
+# Cached, so that the runs of a method are compiled once, not one by one.
 @functools.cache
 def step_of(program: Program, learning_rate: float) -> StepFn:
-    """Return the update of a run of its own; cached, so that it is compiled once for all seeds."""
+    """Return the update of a run alone."""
     return make_step(program.loss, program.optimizer(learning_rate))
+
+
+@functools.cache
+def steps_of(program: Program) -> StepsFn:
+    """Return the update of several runs in one program."""
+    return make_steps(program.loss, program.optimizer)
 
 
 @dataclass(frozen=True)
