@@ -8,6 +8,7 @@ import pytest
 
 from experiments.in_context.config import PRESETS, Config
 from experiments.in_context.experiment import EXPERIMENT
+from experiments.methods import PRODUCT
 from experiments.regbench import AutomataConfig
 from experiments.runs import command_line
 from experiments.runs.sweep import settings
@@ -39,6 +40,10 @@ def test_options_override_the_preset(reader, tmp_path):
         training=dataclasses.replace(small.training, learning_rate=0.5),
         data=dataclasses.replace(small.data, automata=AutomataConfig()),
     )
+
+
+def test_all_methods_are_the_product(reader):
+    assert parse(["--methods", "all"]).methods == PRODUCT
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -11,7 +11,7 @@ import training_run
 from experiments.runs.experiment import Experiment, check_counts, check_runs
 from experiments.runs.figures import draw_curves, methods_to_draw, new_figure, save
 from experiments.runs.results import Results
-from experiments.runs.tables import COST, cost_cells, spread, table, unfinished
+from experiments.runs.tables import COST_HEADS, cost_cells, spread, table, unfinished
 from experiments.runs.task import Program, Task
 from kreg.training import adamw, batches
 from kreg.training.schedules import warmup_cosine
@@ -86,7 +86,7 @@ def markdown(found: Results) -> str:
         (name, spread([run.result["error"] for run in runs]), *cost_cells(runs))
         for name, runs in found.by_method().items()
     ]
-    parts = [table(("method", "error", *COST), rows)]
+    parts = [table(("method", "error", *COST_HEADS), rows)]
     return "\n\n".join([*parts, *unfinished(found, found.experiment["training"]["steps"])]) + "\n"
 
 

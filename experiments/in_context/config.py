@@ -80,7 +80,7 @@ class Config:
     methods: tuple[str, ...] = tuple(PAPER)
     """The paper's names (softmax, triweight, biweight, epanechnikov, norm_relu, relumax,
     top16_softmax, top16_uniform, entmax:1.25) or any kernel@rule (biweight@anchored,
-    triweight@fixed, epanechnikov@nearest:8)."""
+    triweight@fixed, epanechnikov@nearest:8); all: every kernel under every rule."""
     seeds: tuple[int, ...] = (0,)
     """A run each: initial weights, order of the data and dropout."""
     out: Path | None = None

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from experiments.in_context.config import PRESETS, check
 from experiments.in_context.figure import draw
+from experiments.in_context.published import others
 from experiments.in_context.table import markdown
 from experiments.runs.experiment import Experiment
 
@@ -25,4 +26,5 @@ EXPERIMENT = Experiment(
     table=markdown,
     draw=draw,
     load_task=_load_task,
+    published=others(),
 )

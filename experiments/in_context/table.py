@@ -3,9 +3,9 @@
 from experiments.in_context.published import MEMORY_MOSAICS, SOURCE
 from experiments.regbench import AutomataConfig
 from experiments.runs.results import Results, Run
-from experiments.runs.tables import COST, cost_cells, spread, table, unfinished
+from experiments.runs.tables import COST_HEADS, cost_cells, spread, table, unfinished
 
-HEADER = ("method", "seeds", "accuracy", "TVD", "KL", *COST)
+HEADER = ("method", "seeds", "accuracy", "TVD", "KL", *COST_HEADS)
 
 
 def markdown(found: Results) -> str:

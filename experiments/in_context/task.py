@@ -145,6 +145,17 @@ def _tokens_per_batch(config: Config, data: Data) -> int:
     return round(config.training.batch_size * float(data.benchmark.train.lengths.mean()))
 
 
+def _operations(config: Config, data: Data, parameters: int) -> float:
+    """2 P operations a position forward, 2 C T for the causal half of a layer's scores and sums.
+
+    Backward takes twice as much; positions are those of a batch with its padding.
+    """
+    length = data.benchmark.train.input_ids.shape[1]
+    positions = config.training.batch_size * length
+    scores = config.model.layers * config.model.width * length
+    return 3 * positions * (2.0 * parameters + 2.0 * scores)
+
+
 TASK = Task(
     load=_load,
     describe=_describe,
@@ -152,4 +163,5 @@ TASK = Task(
     build=_build,
     batches=_batches,
     tokens_per_batch=_tokens_per_batch,
+    operations=_operations,
 )

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.runs.command_line import parse
+from experiments.runs.cost import Cost
 from experiments.runs.experiment import Config, Experiment
-from experiments.runs.results import read_experiment
+from experiments.runs.json_files import write_json, write_text
+from experiments.runs.results import COST, read_experiment
 
 
 def command(experiment: Experiment, arguments: Sequence[str]) -> int:
@@ -46,6 +48,7 @@ def _reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
     except (CheckpointError, OSError) as error:
         return explain(error)
     write_table(experiment, config.folder)
+    write_cost(experiment, config.folder)
     try:
         write_figure(experiment, config.folder)
     # Nothing to draw yet, or nothing to draw with: the runs are no worse for that.
@@ -71,9 +74,17 @@ def report(experiment: Experiment, what: str, arguments: Sequence[str]) -> int:
 def write_table(experiment: Experiment, out: Path) -> None:
     """Write table.md, and print it."""
     text = experiment.table(read_experiment(out, experiment.scores))
-    (out / "table.md").write_text(text)
+    write_text(out / "table.md", text)
     print(text)
     say(f"wrote {out / 'table.md'}")
+
+
+def write_cost(experiment: Experiment, out: Path) -> None:
+    """Write cost.json, and say what the finished runs took."""
+    cost = Cost.of(read_experiment(out, experiment.scores))
+    write_json(out / COST, cost.as_json())
+    if cost.runs:
+        say(cost.told())
 
 
 def write_figure(experiment: Experiment, out: Path) -> None:

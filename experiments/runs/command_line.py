@@ -10,6 +10,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
+from experiments.methods import expand
 from experiments.runs.experiment import Config, Experiment
 
 
@@ -24,8 +25,10 @@ def parse[C: Config](experiment: Experiment[C], arguments: Sequence[str]) -> C:
     try:
         import tyro
     except ImportError:
-        return _parse_plainly(experiment.program, arguments, default)
-    return tyro.cli(type(default), args=arguments, default=default, prog=experiment.program)
+        config: Any = _parse_plainly(experiment.program, arguments, default)
+    else:
+        config = tyro.cli(type(default), args=arguments, default=default, prog=experiment.program)
+    return dataclasses.replace(config, methods=expand(config.methods))
 
 
 def _preset(experiment: Experiment, arguments: Sequence[str]) -> str:

@@ -81,6 +81,7 @@ class Experiment[C: Config]:
         table: Markdown, from what a folder holds.
         draw: write the figure as `stem`.png and `stem`.pdf; ValueError where it cannot be drawn.
         load_task: import what trains; see `task.py`.
+        published: what others have published and the table leaves out: Markdown, with provenance.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Experiment[C: Config]:
     table: Callable[[Results], str]
     draw: Callable[[Results, Path], list[Path]]
     load_task: Callable[[], "Task[C, Any]"]
+    published: str = ""
 
     @property
     def program(self) -> str:

@@ -1,4 +1,4 @@
-"""Small JSON files, read with messages that name them and written whole or not at all."""
+"""Small files, read with messages that name them and written whole or not at all."""
 
 import json
 import os
@@ -25,12 +25,16 @@ def read_json(path: Path, keys: Iterable[str]) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file whole or not at all: the old one stays until the new one is on the disk."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write any text as `write_json` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with open(partial, "w") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

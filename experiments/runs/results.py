@@ -1,14 +1,15 @@
 """The folders of an experiment: who writes what, and reading it back.
 
-OUT/experiment.json           what all runs in OUT share, and facts about their data
+OUT/experiment.json           which experiment, what all runs in OUT share, facts about the data
 OUT/baselines.json            scores that need no training, where there are any
+OUT/table.md, figure.png, figure.pdf, cost.json      for people
 OUT/METHOD/seedK/run.json     method, seed, experiment, versions, commit, device
                  metrics.jsonl, checkpoints/
                  result.json  written once, when the run has been tested
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from experiments.methods import folder_name, rank
 from experiments.runs.json_files import read_json
 from kreg.training.metrics import read_metrics
 
-EXPERIMENT, BASELINES, RUN, RESULT = (
-    f"{name}.json" for name in ("experiment", "baselines", "run", "result")
+EXPERIMENT, BASELINES, RUN, RESULT, COST = (
+    f"{name}.json" for name in ("experiment", "baselines", "run", "result", "cost")
 )
 METRICS = "metrics.jsonl"
+# Folders from when there was one experiment do not name it.
+FIRST = "in_context"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Run:
     seed: int
     result: dict[str, Any]
     events: list[dict[str, Any]]
+    sessions: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -54,6 +58,7 @@ class Results:
     """All that a folder of runs holds."""
 
     folder: Path
+    name: str
     experiment: dict[str, Any]
     benchmark: dict[str, Any]
     baselines: dict[str, dict[str, float]]
@@ -87,7 +92,9 @@ def read_experiment(out: Path, scores: Iterable[str] = ()) -> Results:
     baselines = read_json(out / BASELINES, ()) if (out / BASELINES).is_file() else {}
     runs = [_read_run(file.parent, scores) for file in out.glob(f"*/seed*/{RUN}")]
     runs.sort(key=lambda run: (rank(run.method), run.seed))
-    return Results(out, shared["experiment"], shared["benchmark"], baselines, runs)
+    return Results(
+        out, shared.get("name", FIRST), shared["experiment"], shared["benchmark"], baselines, runs
+    )
 
 
 def _read_run(folder: Path, scores: Iterable[str]) -> Run:
@@ -96,4 +103,4 @@ def _read_run(folder: Path, scores: Iterable[str]) -> Run:
     if (folder / RESULT).is_file():
         result = read_json(folder / RESULT, (*scores, "steps", "seconds"))
     events = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
-    return Run(folder, about["method"], about["seed"], result, events)
+    return Run(folder, about["method"], about["seed"], result, events, about.get("sessions", []))

@@ -48,7 +48,7 @@ def sweep[C: Config](experiment: Experiment[C], config: C, say: Callable[[str], 
     clock = _Clock(config.time_limit)
     task = experiment.load_task()
     data = task.load(config)
-    _describe(task, config, data, say)
+    _describe(experiment.name, task, config, data, say)
     everything = settings(config)
     for setting in everything:
         announce(setting)
@@ -115,10 +115,11 @@ class _Clock:
         return f"{gone}, about {self.seconds / done * (count - done) / 60:.1f} min left"
 
 
-def _describe(task: Task, config: Config, data: Any, say: Callable[[str], None]) -> None:
+def _describe(name: str, task: Task, config: Config, data: Any, say: Callable[[str], None]) -> None:
     """Write what the runs share, facts about their data, and what scores without training."""
     facts, sentence = task.describe(config, data)
-    write_json(config.folder / EXPERIMENT, {"experiment": config.experiment(), "benchmark": facts})
+    shared = {"name": name, "experiment": config.experiment(), "benchmark": facts}
+    write_json(config.folder / EXPERIMENT, shared)
     say(sentence)
     if not (config.folder / BASELINES).is_file() and (baselines := task.baselines(data)):
         write_json(config.folder / BASELINES, baselines)

@@ -16,11 +16,11 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-COST = ("steps", "minutes a run", "ms a step")
+COST_HEADS = ("steps", "minutes a run", "ms a step")
 
 
 def cost_cells(runs: Sequence[Run]) -> tuple[str, str, str]:
-    """Write what the runs of a method took, under the heads `COST`."""
+    """Write what the runs of a method took, under the heads `COST_HEADS`."""
     speeds = [run.result["ms_per_step"] for run in runs if run.result.get("ms_per_step")]
     return (
         f"{runs[0].result['steps']:,}",

@@ -59,6 +59,8 @@ class Task[C: Config, D]:
             seed nor learning rate.
         batches: the training batches of a seed, without end.
         tokens_per_batch: without padding, on average.
+        operations: additions and multiplications of an update by formula, from config, data and the
+            number of parameters.
         best: which number of `validate` chooses the tested checkpoint, and "min" or "max".
     """
 
@@ -68,4 +70,5 @@ class Task[C: Config, D]:
     build: Callable[[C, str], Program]
     batches: Callable[[C, D, int], BatchIterator]
     tokens_per_batch: Callable[[C, D], int]
+    operations: Callable[[C, D, int], float] | None = None
     best: tuple[str, Literal["min", "max"]] = ("loss", "min")
