@@ -75,9 +75,38 @@ def test_companies_are_of_one_method_and_in_the_order_of_the_runs():
     assert [c[0].method for c in in_company(everything[1:], 1)][:2] == ["biweight", "softmax"]
 
 
+def test_learning_rates_are_runs_of_their_own(tmp_path, capsys):
+    """The config's own rate keeps the folder it always had; every other has a row of the table."""
+    words = ["--out", str(tmp_path), "--methods", "softmax", "--training.steps", "4"]
+    assert command(words) == 0
+    before = (tmp_path / "softmax" / "seed0" / "result.json").read_bytes()
+    more = ["--learning-rates", "0.01", "1e-05", "--seeds", "0", "1", "--together", "4"]
+    assert command([*words, *more]) == 0
+    assert "1 of 4 runs are finished already" in (told := capsys.readouterr().err)
+    assert "[1/1] softmax seeds 0 lr1e-05, 1, 1 lr1e-05" in told
+    assert (tmp_path / "softmax" / "seed0" / "result.json").read_bytes() == before
+    found = read_experiment(tmp_path).by_method()
+    assert {name: [run.seed for run in runs] for name, runs in found.items()} == {
+        "softmax": [0, 1],
+        "softmax, lr1e-05": [0, 1],
+    }
+    errors = [[run.result["error"] for run in runs] for runs in found.values()]
+    assert min(errors[1]) > max(errors[0])
+    record = json.loads((tmp_path / "softmax" / "seed0-lr1e-05" / "config.json").read_text())
+    assert record["experiment"]["training"]["learning_rate"] == 1e-5
+    assert "softmax, lr1e-05" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize("rates", [(0.0,), (1e-3, 1e-3), (float("nan"),)])
+def test_learning_rates_are_positive_and_different(rates):
+    with pytest.raises(ValueError, match="--learning-rates"):
+        toy_experiment.check(Config(learning_rates=rates))
+
+
 def test_auto_is_all_seeds_where_there_is_an_accelerator(monkeypatch):
-    config = Config(seeds=(0, 1, 2))
+    config = Config(methods=("softmax",), seeds=(0, 1, 2))
     assert company_size(config) == 1
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     assert company_size(config) == 3
     assert company_size(dataclasses.replace(config, together="2")) == 2
+    assert company_size(dataclasses.replace(config, learning_rates=(1e-3, 1e-2))) == 6

@@ -33,6 +33,7 @@ class Config:
     methods: tuple[str, ...] = ("softmax", "biweight")
     seeds: tuple[int, ...] = (0,)
     out: Path | None = None
+    learning_rates: tuple[float, ...] = ()
     time_limit: float | None = None
     together: str = "auto"
     training: Training = field(default_factory=Training)

@@ -83,6 +83,8 @@ class Config:
     triweight@fixed, epanechnikov@nearest:8); all: every kernel under every rule."""
     seeds: tuple[int, ...] = (0,)
     """A run each: initial weights, order of the data and dropout."""
+    learning_rates: tuple[float, ...] = ()
+    """Runs for each of them, in place of training.learning-rate; a row of the table each."""
     out: Path | None = None
     """Folder of the runs; by default runs/in_context/ and the preset with what departs from it."""
     time_limit: float | None = None

@@ -46,6 +46,9 @@ class Config(Protocol):
     def seeds(self) -> tuple[int, ...]: ...
 
     @property
+    def learning_rates(self) -> tuple[float, ...]: ...
+
+    @property
     def time_limit(self) -> float | None: ...
 
     @property
@@ -106,6 +109,9 @@ def check_runs(config: Config) -> None:
             raise ValueError(f"--{name}: expected one or more, none twice, got {given}")
     for name in config.methods:
         method(name)
+    rates = config.learning_rates
+    if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
+        raise ValueError(f"--learning-rates: expected positive numbers, none twice, got {rates}")
     if config.together != "auto" and not re.fullmatch(r"[1-9]\d*", config.together):
         raise ValueError(f"--together: expected auto or at least 1, got {config.together!r}")
     if config.time_limit is not None and not config.time_limit > 0:

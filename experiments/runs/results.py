@@ -3,7 +3,7 @@
 OUT/experiment.json           which experiment, what all runs in OUT share, facts about the data
 OUT/baselines.json            scores that need no training, where there are any
 OUT/table.md, figure.png, figure.pdf, cost.json      for people
-OUT/METHOD/seedK/run.json     method, seed, experiment, versions, commit, device
+OUT/METHOD/seedK[-lrX]/run.json     method, seed, experiment, versions, commit, device
                  metrics.jsonl, checkpoints/
                  result.json  written once, when the run has been tested
 """
@@ -40,6 +40,12 @@ class Run:
     def finished(self) -> bool:
         return bool(self.result)
 
+    @property
+    def name(self) -> str:
+        """The method, and what the run has otherwise than the folder's others."""
+        variant = self.folder.name.partition("-")[2]
+        return f"{self.method}, {variant}" if variant else self.method
+
     def state(self, steps: int) -> str:
         """Say how far an unfinished run has come."""
         last = max((event["step"] for event in self.events), default=0)
@@ -65,19 +71,24 @@ class Results:
     runs: list[Run]
 
     def by_method(self) -> dict[str, list[Run]]:
-        """Group the finished runs, methods in the order of a table."""
+        """Group the finished runs, methods (and their variants) in the order of a table."""
         finished = [run for run in self.runs if run.finished]
-        names = sorted({run.method for run in finished}, key=rank)
-        return {name: [run for run in finished if run.method == name] for name in names}
+        # The runs are in order.
+        names = dict.fromkeys(run.name for run in finished)
+        return {name: [run for run in finished if run.name == name] for name in names}
 
     @property
     def unfinished(self) -> list[Run]:
         return [run for run in self.runs if not run.finished]
 
 
-def run_folder(out: Path, method: str, seed: int) -> Path:
-    """Return the folder of one run."""
-    return out / folder_name(method) / f"seed{seed}"
+def run_folder(out: Path, method: str, seed: int, variant: str = "") -> Path:
+    """Return the folder of one run.
+
+    >>> run_folder(Path("out"), "entmax:1.25", 0, "lr0.003").as_posix()
+    'out/entmax-1.25/seed0-lr0.003'
+    """
+    return out / folder_name(method) / (f"seed{seed}-{variant}" if variant else f"seed{seed}")
 
 
 def read_experiment(out: Path, scores: Iterable[str] = ()) -> Results:
@@ -91,7 +102,7 @@ def read_experiment(out: Path, scores: Iterable[str] = ()) -> Results:
     shared = read_json(out / EXPERIMENT, ("experiment", "benchmark"))
     baselines = read_json(out / BASELINES, ()) if (out / BASELINES).is_file() else {}
     runs = [_read_run(file.parent, scores) for file in out.glob(f"*/seed*/{RUN}")]
-    runs.sort(key=lambda run: (rank(run.method), run.seed))
+    runs.sort(key=lambda run: (rank(run.method), run.name, run.seed))
     return Results(
         out, shared.get("name", FIRST), shared["experiment"], shared["benchmark"], baselines, runs
     )

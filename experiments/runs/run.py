@@ -31,15 +31,19 @@ from kreg.training.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Setting[C: Config]:
-    """A method and a seed of an experiment."""
+    """A method and a seed of an experiment.
+
+    `variant` names what the config has otherwise than the command's other runs; "" for nothing.
+    """
 
     config: C
     method: str
     seed: int
+    variant: str = ""
 
     @property
     def folder(self) -> Path:
-        return run_folder(self.config.folder, self.method, self.seed)
+        return run_folder(self.config.folder, self.method, self.seed, self.variant)
 
     @property
     def finished(self) -> bool:
@@ -84,7 +88,8 @@ def run[C: Config, D](
     evaluation.
 
     Args:
-        settings: runs of one method that differ in seed; more than one are one program.
+        settings: runs of one method that differ in seed or learning rate; more than one are one
+            program.
         time_limit: seconds.
         label: what the progress line calls these runs.
     """

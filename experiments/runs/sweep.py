@@ -1,5 +1,6 @@
 """All methods and seeds of a command in one folder: seeds in company, companies in turn."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,25 @@ from kreg.training.run_directory import as_json, first_difference
 
 def settings(config: Config) -> list[Setting]:
     """List the runs of a command: the first seed of all methods before the second."""
-    return [Setting(config, name, seed) for seed in config.seeds for name in config.methods]
+    variants = _variants(config)
+    return [
+        Setting(changed, name, seed, variant)
+        for seed in config.seeds
+        for name in config.methods
+        for variant, changed in variants.items()
+    ]
+
+
+def _variants[C: Config](config: C) -> dict[str, C]:
+    """The config with each learning rate that is asked for; its own one needs no name."""
+    own, changed = config.training.learning_rate, {}
+    for rate in config.learning_rates or (own,):
+        # Protocols do not say that both are dataclasses.
+        parts: Any = config, config.training
+        training = dataclasses.replace(parts[1], learning_rate=rate)
+        name = "" if rate == own else f"lr{rate!r}"
+        changed[name] = dataclasses.replace(parts[0], training=training)
+    return changed
 
 
 def prepare[C: Config](experiment: Experiment[C], config: C) -> None:
@@ -73,7 +92,7 @@ def company_size(config: Config) -> int:
     """
     if config.together != "auto":
         return int(config.together)
-    return 1 if jax.default_backend() == "cpu" else len(config.seeds)
+    return 1 if jax.default_backend() == "cpu" else len(settings(config)) // len(config.methods)
 
 
 def in_company(waiting: Sequence[Setting], size: int) -> list[list[Setting]]:
@@ -86,7 +105,7 @@ def in_company(waiting: Sequence[Setting], size: int) -> list[list[Setting]]:
 
 
 def _name(company: Sequence[Setting]) -> str:
-    seeds = ", ".join(str(setting.seed) for setting in company)
+    seeds = ", ".join(f"{s.seed} {s.variant}".strip() for s in company)
     return f"{company[0].method} seed{'s' if len(company) > 1 else ''} {seeds}"
 
 

@@ -31,7 +31,7 @@ def cost_cells(runs: Sequence[Run]) -> tuple[str, str, str]:
 
 def unfinished(found: Results, steps: int) -> list[str]:
     """Name the runs that a table leaves out: one paragraph, or none."""
-    lines = [f"- {run.method}, seed {run.seed}: {run.state(steps)}" for run in found.unfinished]
+    lines = [f"- {run.name}, seed {run.seed}: {run.state(steps)}" for run in found.unfinished]
     return ["Not in the table, because unfinished:\n\n" + "\n".join(lines)] if lines else []
 
 
