@@ -8,6 +8,7 @@ from pathlib import Path
 from experiments.paper import EXPERIMENTS, named, of_folder
 from experiments.runs import command
 from experiments.runs.command import explain, say
+from experiments.runs.cost import minutes
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,9 +59,14 @@ def _reproduce(options: argparse.Namespace, more: Sequence[str]) -> int:
     if options.dry_run:
         from experiments.runs.forecast import forecast
 
+        seconds = []
         for config in configs:
             experiment.check(config)
-            print(forecast(experiment, config, options.rate).told(), flush=True)
+            found = forecast(experiment, config, options.rate)
+            print(found.told(), flush=True)
+            seconds.append(found.seconds)
+        if len(seconds) > 1:
+            print(f"{len(seconds)} folders: {minutes(sum(seconds))}")
         return 0
     for config in configs:
         if status := command.reproduce(experiment, config):

@@ -112,6 +112,14 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     refused([*words, "--rate", "-1"], capsys, "--rate")
 
 
+def test_the_hours_of_several_folders_add_up(toy, monkeypatch, capsys):
+    rungs = (("--training.steps", "12"), ("--training.steps", "24"))
+    entry = Entry("A toy", "toy", methods=("softmax",), folders={"smoke": rungs})
+    monkeypatch.setitem(EXPERIMENTS, "toy", entry)
+    assert main(["reproduce", "toy", "--dry-run", "--rate", "16"]) == 0
+    assert capsys.readouterr().out.endswith("2 folders: 36 s\n")
+
+
 def test_a_forecast_reckons_with_what_is_left(tmp_path):
     config = toy_experiment.Config(seeds=(0, 1, 2), out=tmp_path, together="3")
     found = forecast(toy_experiment.EXPERIMENT, config)

@@ -163,12 +163,11 @@ def automata_losses(method, dtype, rates, steps=10):
     return np.array(losses), np.stack(found, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, rates",
-    [
-        ("softmax", (4e-3, 4e-3)),
-        pytest.param("biweight", (1e-3, 4e-3), marks=pytest.mark.slow),
-    ],
+    [("softmax", (4e-3, 4e-3)), ("biweight", (1e-3, 4e-3))],
+    ids=["softmax", "biweight"],
 )
 def test_losses_are_those_of_each_seed_alone(method, rates):
     wanted, found = automata_losses(method, jnp.float32, rates)
