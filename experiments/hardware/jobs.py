@@ -70,7 +70,7 @@ def state(job: Job, pace: float | None) -> dict[str, Any]:
     """
     config = job.config()
     runs = [r for r in job.runs() if r.method in config.methods and r.seed in config.seeds]
-    count = len(config.methods) * len(config.seeds)
+    count = len(config.methods) * len(config.seeds) * max(1, len(config.learning_rates))
     done = [_steps(run, config) for run in runs]
     own = _pace(runs)
     left = count * config.steps - sum(done)

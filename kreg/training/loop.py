@@ -48,11 +48,7 @@ class TrainResult:
 
     @classmethod
     def of(cls, course: Course, state: TrainState, stopped_by: str | None) -> Self:
-        """Read off how a run ended.
-
-        Examples:
-            What `train` returns; see there.
-        """
+        """Read off a course how its run ended."""
         finished = not course.going
         reason = None if finished else stopped_by
         return cls(state, course.step, course.best_step, finished, reason)
