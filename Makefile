@@ -10,7 +10,7 @@ PY = .venv/bin/python
 BOOTSTRAP = $(PYTHON) .ci/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow nightly bench core aot aot-oldest lint format figures hardware pins clean
+.PHONY: help demo reproduce test slow nightly bench core aot aot-oldest lint format figures hardware pins clean
 
 help:
 	@echo "kreg: attention as kernel regression. No set-up is needed: each command installs what it needs"
@@ -18,6 +18,8 @@ help:
 	@echo
 	@echo "  make demo      train small Memory Mosaics with six kernels on unseen automata; a table and a"
 	@echo "                 figure in runs/demo (3 minutes on 2 cores; stop it and it goes on next time)"
+	@echo "  make reproduce ARGS=\"icl --preset small\"   an experiment of the paper: what is missing is"
+	@echo "                 trained, then a table and a figure; --dry-run says what it would cost"
 	@echo "  make figures   the kernels, their attention maps and bandwidths, drawn into runs/figures"
 	@echo "  make test      the tests; one file: make test ARGS=tests/test_package.py; make slow: the rest"
 	@echo "  make lint      ruff and pyrefly; make format rewrites the files"
@@ -36,6 +38,10 @@ help:
 demo:
 	@$(BOOTSTRAP)
 	@$(PY) -m experiments.in_context --preset smoke --methods $(METHODS) --out $(OUT) $(ARGS)
+
+reproduce:
+	@$(BOOTSTRAP)
+	@$(PY) -m experiments reproduce $(ARGS)
 
 figures:
 	@$(BOOTSTRAP)

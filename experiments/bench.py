@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import kreg
-from experiments.in_context.environment import describe
-from experiments.in_context.results import write_json
+from experiments.runs.environment import describe
+from experiments.runs.json_files import write_json
 
 KERNELS = {
     "gaussian": kreg.gaussian,

@@ -6,7 +6,7 @@ and tables know them by the names that this file, and no other, turns into objec
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import kreg
@@ -55,6 +55,34 @@ def method(name: str) -> Method:
     if kernel_name == "box" and rule_name in ("adaptive", "anchored"):
         raise ValueError(f"method: box takes the rules fixed and nearest:K, got {name!r}")
     return Method(kernel, rule)
+
+
+# Every kernel under every rule, each function once (a Gaussian is the softmax under three rules),
+# by the paper's name where there is one.
+PRODUCT = (
+    *PAPER,
+    "biweight@fixed",
+    "triweight@fixed",
+    "box@fixed",
+    "biweight@anchored",
+    "triweight@anchored",
+    "epanechnikov@nearest:16",
+    "biweight@nearest:16",
+    "triweight@nearest:16",
+    "top16_softmax",
+    "top16_uniform",
+)
+
+
+def expand(names: Sequence[str]) -> tuple[str, ...]:
+    """Put the whole product of kernels and rules in the place of `all`.
+
+    >>> expand(["softmax", "all", "entmax:1.25"])[-2:]
+    ('top16_uniform', 'entmax:1.25')
+    """
+    if "all" not in names:
+        return tuple(names)
+    return (*PRODUCT, *(name for name in names if name != "all" and name not in PRODUCT))
 
 
 def folder_name(name: str) -> str:

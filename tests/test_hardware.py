@@ -181,7 +181,7 @@ def test_every_module_imports_where_packages_are_lacking(bare):
     code = "import importlib, sys; [importlib.import_module(n) for n in sys.argv[1:]]"
     code += "; from experiments.hardware.from_tests import load"
     code += "; [load(n) for n in ('oracle', 'tolerances', 'cells', 'attention_inputs')]"
-    code += "; import experiments.in_context.sweep"
+    code += "; import experiments.runs.sweep"
     environment = os.environ | {"PYTHONPATH": bare, "JAX_PLATFORMS": "cpu"}
     line = [sys.executable, "-c", code, *names]
     ended = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -292,7 +292,7 @@ def test_a_job_that_breaks_leaves_time_to_the_next(tmp_path, monkeypatch, capsys
     file.write_text("\n".join(f"[[job]]\nname = '{n}'\narguments = ''" for n in ("one", "two")))
     (tmp_path / "out" / "queue").mkdir(parents=True)
     (tmp_path / "out" / "queue" / "one").write_text("a file where the folder should be")
-    monkeypatch.setattr("experiments.in_context.sweep.sweep", lambda config, say: True)
+    monkeypatch.setattr("experiments.runs.sweep.sweep", lambda experiment, config, say: True)
     assert work_on_queue(Report(tmp_path / "out", None, ABOUT), Deadline(1), jobs=file, carry=None)
     found = read(tmp_path / "out" / "queue.json")
     assert list(found["broken"]) == ["one"] and "Error" in found["broken"]["one"]
@@ -304,7 +304,8 @@ def test_a_stopped_slice_begins_no_other_job(tmp_path, monkeypatch):
     file.write_text("\n".join(f"[[job]]\nname = '{n}'\narguments = ''" for n in ("one", "two")))
     tried = []
     monkeypatch.setattr(
-        "experiments.in_context.sweep.sweep", lambda config, say: tried.append(config.folder.name)
+        "experiments.runs.sweep.sweep",
+        lambda experiment, config, say: tried.append(config.folder.name),
     )
     assert (
         work_on_queue(Report(tmp_path / "out", None, ABOUT), Deadline(1), jobs=file, carry=None)

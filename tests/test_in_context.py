@@ -1,6 +1,7 @@
 """The in-context experiment on a tiny scale: command line, runs, resuming, reports, mistakes."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -10,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from experiments.in_context import run as run_module
-from experiments.in_context.__main__ import main
-from experiments.in_context.command_line import parse
+from experiments.in_context import task
 from experiments.in_context.config import Model
+from experiments.in_context.experiment import EXPERIMENT
 from experiments.in_context.objective import (
     Rows,
     evaluate,
@@ -24,11 +25,16 @@ from experiments.in_context.objective import (
     pad_to,
     summary,
 )
-from experiments.in_context.results import read_experiment
-from experiments.in_context.run import make_model
-from experiments.in_context.sweep import settings
+from experiments.in_context.task import TASK, make_model
 from experiments.regbench import AutomataConfig, Score, make_split, metrics, ngram
+from experiments.runs import command as run_command
+from experiments.runs import command_line
+from experiments.runs.results import read_experiment
+from experiments.runs.sweep import settings
 from kreg.training import load_params
+
+main = functools.partial(run_command.command, EXPERIMENT)
+parse = functools.partial(command_line.parse, EXPERIMENT)
 
 METHODS = ("softmax", "relumax")
 # Ten sequences in batches of four: the last batch of an epoch is filled up.
@@ -154,11 +160,12 @@ def test_baselines_are_those_of_the_same_positions(finished):
 def test_result_is_the_best_checkpoints(finished):
     config = parse(command(finished))
     setting = settings(config)[0]
-    model = run_module._machine("softmax", config.model, None, config.training, config.steps)
-    params = load_params(setting.folder, "best", run_module._parameters(setting))
+    params = load_params(setting.folder, "best", TASK.build(config, "softmax").init(0))
+    model = make_model("softmax", config.model, None, seed=1)
+    nnx.update(model, params)
     benchmark = make_split(config.data.automata, train=10, validation=5, test=6, seed=0)
     test = benchmark.test
-    logits = np.asarray(model.apply(params, jnp.asarray(test.input_ids), None), np.float64)
+    logits = np.asarray(model(jnp.asarray(test.input_ids)), np.float64)
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     score = Score.of(
         shifted / shifted.sum(axis=-1, keepdims=True), test.next_symbols(slice(None)), test.lengths
@@ -187,7 +194,7 @@ class Killed(BaseException):
 
 
 def test_resuming_after_a_kill_gives_the_same_run(finished, tmp_path, monkeypatch):
-    batches = run_module.batches
+    batches = task.batches
 
     def killed_in_the_eighth_step(*arguments, **options):
         whole = batches(*arguments, **options)
@@ -207,7 +214,7 @@ def test_resuming_after_a_kill_gives_the_same_run(finished, tmp_path, monkeypatc
 
     words = command(tmp_path, methods=("relumax",))
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "batches", killed_in_the_eighth_step)
+        patch.setattr(task, "batches", killed_in_the_eighth_step)
         with pytest.raises(Killed):
             main(words)
     assert not (tmp_path / "relumax" / "seed0" / "result.json").exists()

@@ -1,14 +1,19 @@
 """What the in-context experiment reads from a command line, with tyro and without."""
 
 import dataclasses
+import functools
 import sys
 
 import pytest
 
-from experiments.in_context.command_line import parse
 from experiments.in_context.config import PRESETS, Config
-from experiments.in_context.sweep import settings
+from experiments.in_context.experiment import EXPERIMENT
+from experiments.methods import PRODUCT
 from experiments.regbench import AutomataConfig
+from experiments.runs import command_line
+from experiments.runs.sweep import settings
+
+parse = functools.partial(command_line.parse, EXPERIMENT)
 
 
 @pytest.fixture(params=["tyro", "argparse"])
@@ -35,6 +40,10 @@ def test_options_override_the_preset(reader, tmp_path):
         training=dataclasses.replace(small.training, learning_rate=0.5),
         data=dataclasses.replace(small.data, automata=AutomataConfig()),
     )
+
+
+def test_all_methods_are_the_product(reader):
+    assert parse(["--methods", "all"]).methods == PRODUCT
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -6,7 +6,7 @@ import pytest
 
 import kreg
 from experiments import methods
-from experiments.methods import PAPER, folder_name, method, rank
+from experiments.methods import PAPER, PRODUCT, expand, folder_name, method, rank
 
 NAMED = {
     "softmax": (kreg.gaussian, kreg.Adaptive),
@@ -53,6 +53,22 @@ def test_two_names_of_one_method_share_the_factory():
     # Factories are compared by identity, and a model's compilation depends on its factory.
     assert method("top8_softmax") == method("gaussian@nearest:8")
     assert method("biweight@nearest:8").bandwidth is method("box@nearest:8").bandwidth
+
+
+def test_all_is_every_kernel_under_every_rule_once():
+    found = [method(name) for name in PRODUCT]
+    pairs = {(m.kernel, type(m.bandwidth(0.5))) for m in found}
+    assert len(pairs) == len(PRODUCT)
+    for kernel in (kreg.epanechnikov, kreg.biweight, kreg.triweight):
+        for rule in (kreg.Adaptive, kreg.Fixed, kreg.Anchored, kreg.Nearest):
+            assert (kernel, rule) in pairs
+    assert {rule for kernel, rule in pairs if kernel == kreg.box} == {kreg.Fixed, kreg.Nearest}
+    assert {rule for kernel, rule in pairs if kernel == kreg.gaussian} == {
+        kreg.Adaptive,
+        kreg.Nearest,
+    }
+    assert expand(["relumax", "all", "entmax:1.25"]) == (*PRODUCT, "entmax:1.25")
+    assert expand(["relumax", "relumax"]) == ("relumax", "relumax")
 
 
 def _formula(name, s, h):

@@ -257,3 +257,26 @@ def on(device: str):
     """Programs traced inside are meant for the device."""
     kind = AbstractDevice(device_kind=device, num_cores=None, platform="gpu")
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=kind))
+
+
+def test_several_runs_side_by_side_are_each_alone():
+    """vmap over all arguments, the dropout's key too, as several seeds in one program need it."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=(2, 1, 70, 1, 16)), "bfloat16") for _ in range(3)]
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def gradients(query, key, value, dropout_key):
+        def loss(query, key, value):
+            out = kreg.attention(
+                query, key, value, is_causal=True, causal_offset=-1, dropout_rate=0.1,
+                dropout_key=dropout_key, implementation="mosaic_gpu",
+            )  # fmt: skip
+            return out.astype("float32").sum()
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(query, key, value)
+
+    with interpreted():
+        both = jax.jit(jax.vmap(gradients))(*arrays, keys)
+        for i in range(2):
+            one = jax.jit(gradients)(*(x[i] for x in arrays), keys[i])
+            jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), both, one)

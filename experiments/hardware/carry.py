@@ -6,10 +6,10 @@ A finished run needs its results, not its checkpoints; an unfinished one its las
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from experiments.in_context.results import RESULT
-from experiments.in_context.run import BEST
+from experiments.runs.results import RESULT
 from kreg.training.run_directory import RunDirectory
 
 
@@ -57,5 +57,10 @@ def _needed(folder: Path) -> Iterator[Path]:
 
 def _checkpoints(run: Path) -> set[Path]:
     """The last checkpoint of a run, and the one with the lowest validation loss."""
-    directory = RunDirectory(run, BEST)
-    return {path for path in (directory.latest(), directory.best_checkpoint()) if path is not None}
+    directory = RunDirectory(run)
+    kept = set()
+    for which in ("last", "best"):
+        # A run that has not been evaluated has no best one.
+        with suppress(ValueError):
+            kept.add(directory.named(which))
+    return kept

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.in_context import environment
+from experiments.runs import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.in_context.command_line import parse
 from experiments.in_context.config import Config, check
-from experiments.in_context.results import EXPERIMENT, Run, read_experiment
+from experiments.in_context.experiment import EXPERIMENT as IN_CONTEXT
+from experiments.runs.command_line import parse
+from experiments.runs.results import EXPERIMENT, Run, read_experiment
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Job:
         words = [*self.arguments, "--out", str(self.folder)]
         words += [] if minutes is None else ["--time-limit", str(minutes)]
         try:
-            config = parse(words)
+            config = parse(IN_CONTEXT, words)
             check(config)
         except (ValueError, SystemExit) as error:
             raise ValueError(f"job {self.name!r}: {error}") from error
@@ -69,7 +70,7 @@ def state(job: Job, pace: float | None) -> dict[str, Any]:
     """
     config = job.config()
     runs = [r for r in job.runs() if r.method in config.methods and r.seed in config.seeds]
-    count = len(config.methods) * len(config.seeds)
+    count = len(config.methods) * len(config.seeds) * max(1, len(config.learning_rates))
     done = [_steps(run, config) for run in runs]
     own = _pace(runs)
     left = count * config.steps - sum(done)

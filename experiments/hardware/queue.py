@@ -15,8 +15,8 @@ from experiments.hardware.carry import disk_use, pack, unpack
 from experiments.hardware.deadline import Deadline
 from experiments.hardware.jobs import Job, read_queue, state
 from experiments.hardware.report import Report, one_line, say
-from experiments.in_context import table
-from experiments.in_context.results import read_experiment
+from experiments.in_context.experiment import EXPERIMENT
+from experiments.runs.results import read_experiment
 
 # Seconds kept back for the last step, its checkpoint and the archive.
 RESERVE = 20
@@ -59,21 +59,21 @@ def _attempt(job: Job, minutes: float, broken: dict[str, str]) -> bool:
     """Work on a job for so many minutes; remember why it broke; tell whether it was stopped."""
     say(f"{job.name}: {' '.join(job.arguments)}")
     # Only here: it imports all of training, which the contract and the timing can do without.
-    from experiments.in_context.sweep import prepare, sweep
+    from experiments.runs.sweep import prepare, sweep
 
     stopped = False
     try:
         config = job.config(minutes)
-        prepare(config)
+        prepare(EXPERIMENT, config)
         # By its time or by a signal: either way the next job has to wait for another slice.
-        stopped = not sweep(config, say)
+        stopped = not sweep(EXPERIMENT, config, say)
     # The other jobs should still get their time.
     except Exception as error:
         broken[job.name] = one_line(error)
         say(f"{job.name}: broken: {broken[job.name]}")
         sys.excepthook(type(error), error, error.__traceback__)
     if any(run.finished for run in job.runs()):
-        text = table.markdown(read_experiment(job.folder))
+        text = EXPERIMENT.table(read_experiment(job.folder))
         (job.folder / "table.md").write_text(text)
     return stopped
 

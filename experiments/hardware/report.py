@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.hardware.device import slug
-from experiments.in_context.results import write_json
+from experiments.runs.json_files import write_json
 
 
 @dataclass(frozen=True)

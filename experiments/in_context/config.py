@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.methods import PAPER, method
+from experiments.methods import PAPER
 from experiments.regbench import AutomataConfig
+from experiments.runs.experiment import check_counts, check_runs
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,18 @@ class Config:
     methods: tuple[str, ...] = tuple(PAPER)
     """The paper's names (softmax, triweight, biweight, epanechnikov, norm_relu, relumax,
     top16_softmax, top16_uniform, entmax:1.25) or any kernel@rule (biweight@anchored,
-    triweight@fixed, epanechnikov@nearest:8)."""
+    triweight@fixed, epanechnikov@nearest:8); all: every kernel under every rule."""
     seeds: tuple[int, ...] = (0,)
     """A run each: initial weights, order of the data and dropout."""
+    learning_rates: tuple[float, ...] = ()
+    """Runs for each of them, in place of training.learning-rate; a row of the table each."""
     out: Path | None = None
     """Folder of the runs; by default runs/in_context/ and the preset with what departs from it."""
     time_limit: float | None = None
     """Stop cleanly after this many minutes; the same command goes on from there."""
+    together: str = "auto"
+    """Seeds of a method in one program: a number, or auto (all on an accelerator, 1 on a CPU).
+    A run's folder does not show it, and a run that was stopped goes on with others or alone."""
     compat: Literal["dense", "eft"] | None = None
     """Compute the methods as one of the authors' two files does, faults included."""
     data: Data = field(default_factory=Data)
@@ -148,26 +154,15 @@ PRESETS = {"smoke": SMOKE, "small": SMALL, "paper": Config(preset="paper")}
 
 def check(config: Config) -> None:
     """Raise ValueError for a value that no run could start with, before anything is written."""
-    for field_name in ("methods", "seeds"):
-        given = getattr(config, field_name)
-        if not given or len(set(given)) < len(given):
-            raise ValueError(f"--{field_name}: expected one or more, none twice, got {given}")
-    for name in config.methods:
-        method(name)
+    check_runs(config)
     counts = {
         "data": ("train", "validation", "test"),
         "model": ("layers", "heads", "width", "slots"),
+        "training": ("epochs", "batch_size", "evaluations"),
     }
-    counts["training"] = ("epochs", "batch_size", "evaluations")
-    for part, names in counts.items():
-        for name in names:
-            if (value := getattr(getattr(config, part), name)) < 1:
-                option = f"--{part}.{name.replace('_', '-')}"
-                raise ValueError(f"{option}: expected at least 1, got {value}")
+    check_counts(config, counts)
     if config.model.width % config.model.heads:
         raise ValueError(
             f"--model.width: expected a multiple of --model.heads {config.model.heads}, "
             f"got {config.model.width}"
         )
-    if config.time_limit is not None and not config.time_limit > 0:
-        raise ValueError(f"--time-limit: expected a positive number, got {config.time_limit}")

@@ -1,16 +1,14 @@
 """The table of an experiment in Markdown, from its folder alone."""
 
-import statistics
-from collections.abc import Sequence
-
 from experiments.in_context.published import MEMORY_MOSAICS, SOURCE
-from experiments.in_context.results import Experiment, Run
 from experiments.regbench import AutomataConfig
+from experiments.runs.results import Results, Run
+from experiments.runs.tables import COST_HEADS, cost_cells, spread, table, unfinished
 
-HEADER = ("method", "seeds", "accuracy", "TVD", "KL", "steps", "minutes a run", "ms a step")
+HEADER = ("method", "seeds", "accuracy", "TVD", "KL", *COST_HEADS)
 
 
-def markdown(found: Experiment) -> str:
+def markdown(found: Results) -> str:
     """Return the table: methods, n-gram baselines, published numbers, what is unfinished."""
     rows = [_method_row(name, runs) for name, runs in found.by_method().items()]
     rows += [
@@ -20,59 +18,39 @@ def markdown(found: Experiment) -> str:
     parts = [
         f"## In-context learning of unseen automata: {title(found)}",
         _caption(found),
-        _table(HEADER, rows, left=1),
+        table(HEADER, rows),
         _published(found),
     ]
-    return "\n\n".join([*parts, *_unfinished(found)]) + "\n"
+    training = found.experiment["training"]
+    steps = -(-found.experiment["data"]["train"] // training["batch_size"]) * training["epochs"]
+    return "\n\n".join([*parts, *unfinished(found, steps)]) + "\n"
 
 
-def title(found: Experiment) -> str:
+def title(found: Results) -> str:
     """Name an experiment in a few words."""
     about = found.experiment
     name = f"{about['preset']}, n = {about['data']['train']:,}"
     return f"{name}, compat {about['compat']}" if about["compat"] else name
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Write a mean, and with more than one value ± their standard deviation.
-
-    >>> spread([0.5]), spread([0.25, 0.75])
-    ('0.500', '0.500 ± 0.354')
-    """
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def has_official_automata(found: Experiment) -> bool:
+def has_official_automata(found: Results) -> bool:
     """Tell whether the automata are drawn as the published benchmark draws them."""
     automata = found.experiment["data"]["automata"]
     return automata | {"max_tokens": None} == vars(AutomataConfig())
 
 
-def is_official(found: Experiment) -> bool:
+def is_official(found: Results) -> bool:
     """Tell whether sequences, too, are as long as the published benchmark's."""
     cut = found.experiment["data"]["automata"]["max_tokens"]
     return has_official_automata(found) and cut is None
 
 
 def _method_row(name: str, runs: list[Run]) -> tuple[str, ...]:
-    def of(key: str, digits: int = 3, scale: float = 1.0) -> str:
-        return spread([run.result[key] * scale for run in runs], digits)
-
-    seconds = [run.result["seconds"] for run in runs]
-    return (
-        name,
-        str(len(runs)),
-        of("accuracy"),
-        of("tvd"),
-        of("kl"),
-        f"{runs[0].result['steps']:,}",
-        f"{statistics.fmean(seconds) / 60:.1f}",
-        f"{statistics.fmean(run.result['ms_per_step'] for run in runs):.1f}",
-    )
+    scores = (spread([run.result[key] for run in runs]) for key in ("accuracy", "tvd", "kl"))
+    return (name, str(len(runs)), *scores, *cost_cells(runs))
 
 
-def _caption(found: Experiment) -> str:
+def _caption(found: Results) -> str:
     data, model, training = (found.experiment[key] for key in ("data", "model", "training"))
     facts, automata = found.benchmark, data["automata"]
     low, mean, high = facts["states"]
@@ -98,7 +76,7 @@ def _caption(found: Experiment) -> str:
     return ". ".join(sentences) + "."
 
 
-def _published(found: Experiment) -> str:
+def _published(found: Results) -> str:
     heads = ("published: Memory Mosaics", *(f"n = {p.train:,}" for p in MEMORY_MOSAICS))
     rows = [
         ("accuracy", *(f"{p.accuracy:.3f}" for p in MEMORY_MOSAICS)),
@@ -107,28 +85,4 @@ def _published(found: Experiment) -> str:
     note = f"{SOURCE}."
     if not is_official(found):
         note += " **Not the task above**: do not compare number by number."
-    return f"{_table(heads, rows, left=1)}\n\n{note}"
-
-
-def _unfinished(found: Experiment) -> list[str]:
-    training = found.experiment["training"]
-    steps = -(-found.experiment["data"]["train"] // training["batch_size"]) * training["epochs"]
-    lines = [f"- {run.method}, seed {run.seed}: {run.state(steps)}" for run in found.unfinished]
-    return ["Not in the table, because unfinished:\n\n" + "\n".join(lines)] if lines else []
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """Lay out a Markdown table that reads well as text; all but `left` columns flush right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join(
-        "-" * (width + 2) if i < left else "-" * (width + 1) + ":" for i, width in enumerate(widths)
-    )
-    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])
+    return f"{table(heads, rows)}\n\n{note}"

@@ -15,3 +15,5 @@ from kreg.training.progress import Progress as Progress
 from kreg.training.state import TrainState as TrainState
 from kreg.training.state import init_state as init_state
 from kreg.training.step import make_step as make_step
+from kreg.training.together import make_steps as make_steps
+from kreg.training.together import train_together as train_together

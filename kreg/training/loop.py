@@ -1,28 +1,23 @@
-"""The loop: steps, log, evaluation, checkpoints, and going on where the last call stopped."""
+"""The loop of a run: it goes on where the last call stopped, to its last step."""
 
-import math
 import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
-from kreg.training.checkpoint import Meta, read_meta, read_params, read_state
+from kreg.training.checkpoint import read_params
+from kreg.training.course import Course, Evaluate, Plan
 from kreg.training.data import BatchIterator
-from kreg.training.metrics import MetricsFile
+from kreg.training.follow import ALONE, follow
 from kreg.training.progress import Progress
 from kreg.training.run_directory import RunDirectory
 from kreg.training.state import TrainState
 from kreg.training.step import StepFn
 from kreg.training.stopping import Stopping
-
-type Evaluate = Callable[[PyTree[Array]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,13 @@ class TrainResult:
     best_step: int | None
     finished: bool
     stopped_by: str | None = None
+
+    @classmethod
+    def of(cls, course: Course, state: TrainState, stopped_by: str | None) -> Self:
+        """Read off a course how its run ended."""
+        finished = not course.going
+        reason = None if finished else stopped_by
+        return cls(state, course.step, course.best_step, finished, reason)
 
 
 def train(
@@ -114,23 +116,27 @@ def train(
         (2, True, [0.75])
         >>> data.close()
     """
-    _require_positive(
-        steps=steps, eval_every=eval_every, save_every=save_every, log_every=log_every
-    )
-    eval_every = (eval_every or steps) if evaluate is not None else None
-    plan = _Plan(
+    plan = Plan.of(
         steps=steps,
         eval_every=eval_every,
-        save_every=save_every or eval_every or max(1, steps // 10),
+        evaluated=evaluate is not None,
+        save_every=save_every,
         log_every=log_every,
         tokens_per_batch=tokens_per_batch,
     )
     # The step donates its state; the caller keeps a usable one.
     state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
     run = RunDirectory(Path(directory), best, keep_last)
-    with Stopping(time_limit) as stopping, run.opened(config, _bytes(state)):
-        loop = _Loop(run, step_fn, data, evaluate, plan, progress or Progress())
-        return loop.run(*loop.resume(state, config), stopping)
+    with Stopping(time_limit) as stopping, run.opened(config, state_bytes(state)):
+        course = Course(run, data, evaluate, plan, progress or Progress())
+        (state,), stopped_by = follow(
+            [course],
+            [course.resume(state, config)],
+            lambda state, batch, _: step_fn(state, batch),
+            stopping,
+            ALONE,
+        )
+    return TrainResult.of(course, state, stopped_by)
 
 
 def load_params(
@@ -158,177 +164,6 @@ def load_params(
     return read_params(run.checked(run.named(which)), like)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How often what happens."""
-
-    steps: int
-    eval_every: int | None
-    save_every: int
-    log_every: int
-    tokens_per_batch: int | None
-
-    def evaluates(self, step: int) -> bool:
-        return self.eval_every is not None and self._due(step, self.eval_every)
-
-    def logs(self, step: int) -> bool:
-        return self._due(step, self.log_every)
-
-    def saves(self, step: int) -> bool:
-        return self._due(step, self.save_every)
-
-    def _due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step == self.steps
-
-
-class _Loop:
-    """One call of `train`."""
-
-    def __init__(
-        self,
-        directory: RunDirectory,
-        step_fn: StepFn,
-        data: BatchIterator,
-        evaluate: Evaluate | None,
-        plan: _Plan,
-        progress: Progress,
-    ):
-        self.directory, self.step_fn, self.data = directory, step_fn, data
-        self.evaluate, self.plan, self.progress = evaluate, plan, progress
-        self.best: Path | None = None
-        self.best_score = math.inf
-
-    def resume(self, state: TrainState, config: dict) -> tuple[TrainState, Meta]:
-        """Restore the last checkpoint, or start at step 0; change nothing on disk."""
-        meta = Meta(step=0, config=config, best=self.directory.best)
-        latest = self.directory.latest()
-        self.find_best()
-        if latest is not None:
-            stored = read_meta(latest)
-            if stored.step > self.plan.steps:
-                raise ValueError(
-                    f"steps: expected at least the {stored.step} that {latest} has done, "
-                    f"got {self.plan.steps}"
-                )
-            state = read_state(latest, state)
-            self.data.set_state(stored.data or {})
-            meta = replace(meta, step=stored.step, seconds=stored.seconds)
-        return state, meta
-
-    def run(self, state: TrainState, meta: Meta, stopping: Stopping) -> TrainResult:
-        """Take steps until the last one or a reason to stop."""
-        self.watch = _Watch(meta.seconds, meta.step)
-        self.log = MetricsFile(self.directory.metrics, step=meta.step)
-        self.directory.sweep()
-        try:
-            if 0 < meta.step < self.plan.steps:
-                self.progress.note(f"going on from step {meta.step}")
-            stopped_by = None
-            while meta.step < self.plan.steps and stopped_by is None:
-                state, metrics = self.step_fn(state, next(self.data))
-                meta = replace(meta, step=meta.step + 1, metrics={})
-                stopped_by = self.after_step(state, meta, metrics, stopping)
-        except OSError:
-            self.log.rollback()
-            raise
-        finally:
-            self.log.close()
-            self.progress.close()
-        finished = meta.step == self.plan.steps
-        best_step = None if self.best is None else read_meta(self.best).step
-        return TrainResult(state, meta.step, best_step, finished, None if finished else stopped_by)
-
-    def after_step(
-        self, state: TrainState, meta: Meta, metrics: dict[str, Array], stopping: Stopping
-    ) -> str | None:
-        """Log, evaluate and save where it is due; return why to stop, if there is a reason."""
-        self.watch.started(metrics)
-        if self.plan.logs(meta.step):
-            self.write_log(meta.step, metrics)
-        if self.evaluate is not None and self.plan.evaluates(meta.step):
-            meta = replace(meta, metrics=self.evaluated(self.evaluate, state.params, meta.step))
-        is_best = self.directory.score(meta.metrics) < self.best_score
-        stopped_by = stopping.reason
-        if stopped_by or self.plan.saves(meta.step) or is_best:
-            self.save(state, meta)
-            self.watch.lap(meta.step)
-        return stopped_by
-
-    def write_log(self, step: int, metrics: dict[str, Array]) -> None:
-        values = {name: _plain(value) for name, value in jax.device_get(metrics).items()}
-        pace = self.watch.lap(step)
-        tokens = self.plan.tokens_per_batch
-        speed = None if pace is None or tokens is None else tokens / pace
-        clock = {"seconds": self.watch.seconds(), "tokens_per_second": speed}
-        self.log.write("train", step, values | clock)
-        self.progress.update(
-            step,
-            self.plan.steps,
-            loss=float(metrics["loss"]),
-            seconds_per_step=pace,
-            tokens_per_second=speed,
-        )
-
-    def evaluated(self, evaluate: Evaluate, params: PyTree[Array], step: int) -> dict[str, float]:
-        scores = {name: float(value) for name, value in evaluate(params).items()}
-        best = self.directory.best
-        if best is not None and best[0] not in scores:
-            raise ValueError(f"best: expected one of {sorted(scores)}, got {best[0]!r}")
-        self.log.write("eval", step, scores | {"seconds": self.watch.seconds()})
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        self.progress.note(f"step {step}/{self.plan.steps}  {shown}")
-        self.watch.lap(step)
-        return scores
-
-    def save(self, state: TrainState, meta: Meta) -> None:
-        meta = replace(meta, seconds=self.watch.seconds(), data=self.data.get_state())
-        self.directory.save(state, meta)
-        self.find_best()
-        self.log.mark()
-
-    def find_best(self) -> None:
-        self.best = self.directory.best_checkpoint()
-        if self.best is not None:
-            self.best_score = self.directory.score(read_meta(self.best).metrics)
-
-
-class _Watch:
-    """Time: the run's, over all its calls, and that of a step, without compiling or evaluating."""
-
-    def __init__(self, seconds: float, step: int):
-        self._before, self._start = seconds, time.monotonic()
-        self._lap = (self._start, step)
-        self._compiled = False
-
-    def seconds(self) -> float:
-        return round(self._before + time.monotonic() - self._start, 3)
-
-    def started(self, metrics: dict[str, Array]) -> None:
-        """Begin the first lap when the first step, which compiles, is done."""
-        if not self._compiled:
-            jax.block_until_ready(metrics)
-            self._lap = (time.monotonic(), self._lap[1] + 1)
-            self._compiled = True
-
-    def lap(self, step: int) -> float | None:
-        """Seconds a step since the last lap; None where there was no step."""
-        now = time.monotonic()
-        began, since = self._lap
-        self._lap = (now, step)
-        return (now - began) / (step - since) if step > since else None
-
-
-def _plain(value: Array) -> float | int | list:
-    number = np.asarray(value)
-    # bfloat16 is of no kind that JSON knows.
-    return (number if number.dtype.kind in "iub" else number.astype(np.float64)).tolist()
-
-
-def _bytes(state: TrainState) -> int:
+def state_bytes(state: TrainState) -> int:
+    """Return the bytes of a state's arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-
-
-def _require_positive(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}")

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 
 def warmup_cosine(
-    peak: float, *, warmup_steps: int, decay_steps: int, floor: float
+    peak: float | Array, *, warmup_steps: int, decay_steps: int, floor: float
 ) -> optax.Schedule:
     """Rise as peak t / warmup from 0, then fall along a cosine to the floor at decay_steps.
 
@@ -34,7 +34,7 @@ def warmup_cosine(
     return rate
 
 
-def regbench(peak: float, *, total_steps: int) -> optax.Schedule:
+def regbench(peak: float | Array, *, total_steps: int) -> optax.Schedule:
     """Rise from 1e-6 over the first tenth, then follow the cosine of the whole run to peak / 10.
 
     The cosine counts from step 0 and not from the end of the warm-up, so the rate falls to
@@ -59,12 +59,12 @@ def regbench(peak: float, *, total_steps: int) -> optax.Schedule:
     return rate
 
 
-def language_modelling(peak: float = 5e-3) -> optax.Schedule:
+def language_modelling(peak: float | Array = 5e-3) -> optax.Schedule:
     """Give the rate of the language models: 2,000 steps up, 1e-4 from step 80,000 on."""
     return warmup_cosine(peak, warmup_steps=2_000, decay_steps=80_000, floor=1e-4)
 
 
-def length_generalisation(peak: float = 1e-3) -> optax.Schedule:
+def length_generalisation(peak: float | Array = 1e-3) -> optax.Schedule:
     """Give the rate of the length tasks: 40,000 steps up, 5e-5 from step 156,250 on."""
     return warmup_cosine(peak, warmup_steps=40_000, decay_steps=156_250, floor=5e-5)
 

@@ -1,7 +1,6 @@
 """One update: loss, gradient, optimizer, compiled together with the state's buffers donated."""
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -49,19 +48,30 @@ def make_step(
     """
 
     def step(state: TrainState, batch: PyTree[Array]) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(state.key, state.step)
+        return update(loss_fn, tx, compute_dtype, state, batch)
 
-        def objective(params):
-            loss, metrics = loss_fn(cast(params, compute_dtype), batch, key)
-            return loss.astype(jnp.promote_types(loss.dtype, jnp.float32)), metrics
+    return jax.jit(step, donate_argnums=0)
 
-        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads)}
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1, state.key), metrics
 
-    return partial(jax.jit, donate_argnums=0)(step)
+def update(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    compute_dtype: DTypeLike | None,
+    state: TrainState,
+    batch: PyTree[Array],
+) -> tuple[TrainState, dict[str, Array]]:
+    """Do what `make_step` compiles."""
+    key = jax.random.fold_in(state.key, state.step)
+
+    def objective(params):
+        loss, metrics = loss_fn(cast(params, compute_dtype), batch, key)
+        return loss.astype(jnp.promote_types(loss.dtype, jnp.float32)), metrics
+
+    (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    metrics = {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads)}
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, opt_state, state.step + 1, state.key), metrics
 
 
 def cast(params: PyTree[Array], dtype: DTypeLike | None) -> PyTree[Array]:

@@ -1,4 +1,4 @@
-"""From words to a `Config`: tyro, or argparse with the same options where tyro is missing."""
+"""From words to an experiment's config: tyro, or argparse with the same options without tyro."""
 
 import argparse
 import ast
@@ -10,33 +10,34 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
-from experiments.in_context.config import PRESETS, Config
+from experiments.methods import expand
+from experiments.runs.experiment import Config, Experiment
 
-PROGRAM = "python -m experiments.in_context"
 
-
-def parse(arguments: Sequence[str]) -> Config:
+def parse[C: Config](experiment: Experiment[C], arguments: Sequence[str]) -> C:
     """Return the preset that the arguments name, with the options that they override.
 
     Raises:
         ValueError: no such preset.
         SystemExit: --help, or an option that cannot be read; it has been explained.
     """
-    default = PRESETS[_preset(arguments)]
+    default = experiment.presets[_preset(experiment, arguments)]
     try:
         import tyro
     except ImportError:
-        return _parse_plainly(arguments, default)
-    return tyro.cli(Config, args=arguments, default=default, prog=PROGRAM)
+        config: Any = _parse_plainly(experiment.program, arguments, default)
+    else:
+        config = tyro.cli(type(default), args=arguments, default=default, prog=experiment.program)
+    return dataclasses.replace(config, methods=expand(config.methods))
 
 
-def _preset(arguments: Sequence[str]) -> str:
+def _preset(experiment: Experiment, arguments: Sequence[str]) -> str:
     # Read ahead of the other options, because the preset decides their defaults.
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    reader.add_argument("--preset", default=Config().preset, nargs="?")
+    reader.add_argument("--preset", default=next(iter(experiment.presets)), nargs="?")
     name = reader.parse_known_args(arguments)[0].preset
-    if name not in PRESETS:
-        raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    if name not in experiment.presets:
+        raise ValueError(f"--preset: expected one of {', '.join(experiment.presets)}, got {name!r}")
     return name
 
 
@@ -45,11 +46,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def _parse_plainly(arguments: Sequence[str], default: Config) -> Config:
+def _parse_plainly[C: Config](program: str, arguments: Sequence[str], default: C) -> C:
     """Parse as tyro would: an option a field, dotted where a field is itself a dataclass."""
     wide = argparse.ArgumentDefaultsHelpFormatter
     parser = _Parser(
-        prog=PROGRAM, description=inspect.getdoc(Config), formatter_class=wide, allow_abbrev=False
+        prog=program,
+        description=inspect.getdoc(type(default)),
+        formatter_class=wide,
+        allow_abbrev=False,
     )
     _add_options(parser, default, prefix="")
     given = vars(parser.parse_args(arguments))

@@ -1,0 +1,107 @@
+"""An experiment's command: `[options]`, `table OUT...`, `figure OUT...`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.runs.command_line import parse
+from experiments.runs.cost import Cost
+from experiments.runs.experiment import Config, Experiment
+from experiments.runs.json_files import write_json, write_text
+from experiments.runs.results import COST, read_experiment
+
+
+def command(experiment: Experiment, arguments: Sequence[str]) -> int:
+    """Do what the words say; return 0, 2 where that is impossible, 3 where runs are left to do."""
+    first, *rest = arguments or [""]
+    if first in ("table", "figure"):
+        return report(experiment, first, rest)
+    try:
+        config = parse(experiment, arguments)
+    except ValueError as error:
+        return explain(error)
+    return reproduce(experiment, config)
+
+
+def reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
+    """Train and test what is missing, then write the table and the figure."""
+    try:
+        return _reproduce(experiment, config)
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from there")
+        return 130
+
+
+def _reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
+    # Only now: these take seconds to import, and --help needs none of them.
+    from experiments.runs.sweep import prepare, sweep
+    from kreg.training import CheckpointError
+
+    try:
+        prepare(experiment, config)
+    except (ValueError, OSError) as error:
+        return explain(error)
+    try:
+        complete = sweep(experiment, config, say)
+    # Other errors in here are ours, and deserve their traceback.
+    except (CheckpointError, OSError) as error:
+        return explain(error)
+    write_table(experiment, config.folder)
+    write_cost(experiment, config.folder)
+    try:
+        write_figure(experiment, config.folder)
+    # Nothing to draw yet, or nothing to draw with: the runs are no worse for that.
+    except ValueError as error:
+        say(f"no figure: {error}")
+    return 0 if complete else 3
+
+
+def report(experiment: Experiment, what: str, arguments: Sequence[str]) -> int:
+    """Write table.md, or figure.png and figure.pdf, into each of the folders."""
+    program = f"{experiment.program} {what}"
+    reader = argparse.ArgumentParser(prog=program, description=report.__doc__)
+    reader.add_argument("out", nargs="+", type=Path, help="folder of runs, as --out named it")
+    write = {"table": write_table, "figure": write_figure}[what]
+    try:
+        for out in reader.parse_args(arguments).out:
+            write(experiment, out)
+    except (ValueError, OSError) as error:
+        return explain(error)
+    return 0
+
+
+def write_table(experiment: Experiment, out: Path) -> None:
+    """Write table.md, and print it."""
+    text = experiment.table(read_experiment(out, experiment.scores))
+    write_text(out / "table.md", text)
+    print(text)
+    say(f"wrote {out / 'table.md'}")
+
+
+def write_cost(experiment: Experiment, out: Path) -> None:
+    """Write cost.json, and say what the finished runs took."""
+    cost = Cost.of(read_experiment(out, experiment.scores))
+    write_json(out / COST, cost.as_json())
+    if cost.runs:
+        say(cost.told())
+
+
+def write_figure(experiment: Experiment, out: Path) -> None:
+    """Write figure.png and figure.pdf."""
+    for path in experiment.draw(read_experiment(out, experiment.scores), out / "figure"):
+        say(f"wrote {path}")
+
+
+def say(line: str) -> None:
+    """Print where the work stands; standard output is for tables."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def explain(error: ValueError | OSError) -> int:
+    """Say in one line what is wrong."""
+    words = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename:
+        words = f"{error.filename}: {error.strerror}"
+    say(f"error: {words}")
+    return 2

@@ -1,0 +1,127 @@
+"""An experiment as the code that runs it sees it: a handful of functions.
+
+Light to import: what takes seconds (flax, optax, orbax) comes with `Experiment.task`.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from experiments.methods import method
+from experiments.runs.results import Results
+
+if TYPE_CHECKING:
+    from experiments.runs.task import Task
+
+
+class Training(Protocol):
+    """What a run's loop has to know of the training; a config's `training` has more fields."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def evaluations(self) -> int: ...
+
+
+class Config(Protocol):
+    """What every experiment's command can be told: a frozen, hashable dataclass with defaults.
+
+    The options of a command line are its fields, their help the strings below them, and the
+    command's help its docstring.
+    """
+
+    @property
+    def preset(self) -> str: ...
+
+    @property
+    def methods(self) -> tuple[str, ...]: ...
+
+    @property
+    def seeds(self) -> tuple[int, ...]: ...
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]: ...
+
+    @property
+    def time_limit(self) -> float | None: ...
+
+    @property
+    def together(self) -> str: ...
+
+    @property
+    def training(self) -> Training: ...
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the runs."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """The updates of one run."""
+        ...
+
+    def experiment(self) -> dict[str, Any]:
+        """Return what decides the outcome besides method and seed, fit for JSON."""
+        ...
+
+
+@dataclass(frozen=True)
+class Experiment[C: Config]:
+    """Hold the parts of an experiment.
+
+    Args:
+        name: `python -m experiments.NAME` is its command.
+        presets: what the options start from, by name; the first one is the default.
+        check: raise ValueError for a config that no run could start with.
+        scores: keys that every result must have, besides steps and seconds.
+        table: Markdown, from what a folder holds.
+        draw: write the figure as `stem`.png and `stem`.pdf; ValueError where it cannot be drawn.
+        load_task: import what trains; see `task.py`.
+        published: what others have published and the table leaves out: Markdown, with provenance.
+    """
+
+    name: str
+    presets: Mapping[str, C]
+    check: Callable[[C], None]
+    scores: tuple[str, ...]
+    table: Callable[[Results], str]
+    draw: Callable[[Results, Path], list[Path]]
+    load_task: Callable[[], "Task[C, Any]"]
+    published: str = ""
+
+    @property
+    def program(self) -> str:
+        """The command, as it is typed."""
+        return f"python -m experiments.{self.name}"
+
+
+def check_runs(config: Config) -> None:
+    """Raise ValueError for methods, seeds or a time limit that make no sweep."""
+    for name, given in (("methods", config.methods), ("seeds", config.seeds)):
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"--{name}: expected one or more, none twice, got {given}")
+    for name in config.methods:
+        method(name)
+    rates = config.learning_rates
+    if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
+        raise ValueError(f"--learning-rates: expected positive numbers, none twice, got {rates}")
+    if config.together != "auto" and not re.fullmatch(r"[1-9]\d*", config.together):
+        raise ValueError(f"--together: expected auto or at least 1, got {config.together!r}")
+    if config.time_limit is not None and not config.time_limit > 0:
+        raise ValueError(f"--time-limit: expected a positive number, got {config.time_limit}")
+
+
+def check_counts(config: Config, counts: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise ValueError where a count is below one; `counts` names fields by part of the config."""
+    for part, names in counts.items():
+        for name in names:
+            if (value := getattr(getattr(config, part), name)) < 1:
+                option = f"--{part}.{name.replace('_', '-')}"
+                raise ValueError(f"{option}: expected at least 1, got {value}")

@@ -1,0 +1,74 @@
+"""What an experiment trains: data, programs, and the numbers they are judged by."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from experiments.runs.experiment import Config
+from kreg.training import make_step, make_steps
+from kreg.training.data import BatchIterator
+from kreg.training.step import LossFn, StepFn
+from kreg.training.together import StepsFn
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Hold what is compiled once for all seeds and learning rates of a method.
+
+    Args:
+        init: the initial parameters of a seed.
+        loss: `(params, batch, key) -> (loss, metrics)`.
+        optimizer: the optimizer with so high a (peak) learning rate.
+        validate: `(params, data)` -> the numbers of an evaluation, one of which chooses the best.
+        test: `(params, data)` -> the numbers of a result, fit for JSON.
+    """
+
+    init: Callable[[int], PyTree[Array]]
+    loss: LossFn
+    optimizer: Callable[[float | Float[Array, ""]], optax.GradientTransformation]
+    validate: Callable[[PyTree[Array], Any], dict[str, float]]
+    test: Callable[[PyTree[Array], Any], dict[str, Any]]
+
+
+# Cached, so that the runs of a method are compiled once, not one by one.
+@functools.cache
+def step_of(program: Program, learning_rate: float) -> StepFn:
+    """Return the update of a run alone."""
+    return make_step(program.loss, program.optimizer(learning_rate))
+
+
+@functools.cache
+def steps_of(program: Program) -> StepsFn:
+    """Return the update of several runs in one program."""
+    return make_steps(program.loss, program.optimizer)
+
+
+@dataclass(frozen=True)
+class Task[C: Config, D]:
+    """Hold the functions that the runs of an experiment are made of.
+
+    Args:
+        load: the data, the same for all runs of a command.
+        describe: facts about the data for experiment.json, and a sentence for the terminal.
+        baselines: scores that need no training, by name; {} where there are none.
+        build: the program of a method. It caches by what the program depends on, which is neither
+            seed nor learning rate.
+        batches: the training batches of a seed, without end.
+        tokens_per_batch: without padding, on average.
+        operations: additions and multiplications of an update by formula, from config, data and the
+            number of parameters.
+        best: which number of `validate` chooses the tested checkpoint, and "min" or "max".
+    """
+
+    load: Callable[[C], D]
+    describe: Callable[[C, D], tuple[dict[str, Any], str]]
+    baselines: Callable[[D], dict[str, dict[str, Any]]]
+    build: Callable[[C, str], Program]
+    batches: Callable[[C, D, int], BatchIterator]
+    tokens_per_batch: Callable[[C, D], int]
+    operations: Callable[[C, D, int], float] | None = None
+    best: tuple[str, Literal["min", "max"]] = ("loss", "min")
