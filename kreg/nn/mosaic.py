@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kreg.nn.config import MosaicConfig
+from kreg.nn.config import MosaicConfig, TransformerConfig
 from kreg.nn.features import document_index, normal
 from kreg.nn.memory import (
     ContextCache,
@@ -20,7 +20,7 @@ from kreg.nn.memory import (
 )
 
 
-def layer_norm(config: MosaicConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(config: MosaicConfig | TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Build a layer norm as the released model has it: epsilon 1e-5, a bias only if configured."""
     return nnx.LayerNorm(
         config.embed_dim,
