@@ -26,7 +26,6 @@ class Exclusion(NamedTuple):
 
 
 EXCLUSIONS = (
-    Exclusion("nano/mosaic_*", "the nanoMosaics models come with a later issue"),
     Exclusion("init_stats/nano*", "we draw as the dense file does, not as nanoMosaics"),
     Exclusion("threemoons/*", "the complex-valued model comes with a later issue"),
     Exclusion("wkv/gated/*", "no released Memory Mosaic gates its leaky average (k = 0 always)"),

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import pytest
 from golden_files import assert_close, float32_error, group_names, open_group
 from test_golden_models import float64, loss_and_gradient  # noqa: F401 - a fixture
+from test_nn_convert import nano_state
 
 import kreg
-from kreg.nn import TransformerConfig, from_torch, to_torch
+from kreg.nn import MosaicConfig, TransformerConfig, from_torch, to_torch
 
 GROUPS = group_names("nano")
 
@@ -49,3 +50,25 @@ def test_golden_gpt(name):
     model = from_torch(gpt_config(group), group.under("param"))
     assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(model))
     check(group, model)
+
+
+def mosaic_config(group) -> MosaicConfig:
+    theirs = group.info["config"]
+    return MosaicConfig(
+        vocab_size=theirs["vocab_size"],
+        num_layers=theirs["n_layer"],
+        num_heads=theirs["n_head"],
+        embed_dim=theirs["n_embd"],
+        memory_size=theirs["pmem_size"],
+        memory_count=theirs["pmem_count"],
+        kernel=kreg.gaussian,
+        use_bias=theirs["bias"],
+        compat="nano",
+    )
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", [name for name in GROUPS if "mosaic" in name])
+def test_golden_nano_mosaic(name):
+    group = open_group("nano", name)
+    check(group, from_torch(mosaic_config(group), group.under("param")), nano_state)

@@ -38,9 +38,10 @@ class MosaicConfig:
       tie_weights: the output matrix is the embedding.
       contextual_only: no persistent memories.
       skip_tokens: positions at the front for which no logits are computed.
-      logit_scale: factor on the logits; None is 1 / sqrt(embed_dim).
+      logit_scale: factor on the logits; None is 1 / sqrt(embed_dim), or 1 with compat "nano".
       remat: recompute the activations of each block in the backward pass.
-      compat: None (the theory), "dense" or "eft": the released files, see `kreg.nn.compat`.
+      compat: None (the theory), "dense", "eft" or "nano": the released files, see
+        `kreg.nn.compat`.
       implementation: handed to `kreg.attention`.
 
     Raises:
@@ -88,8 +89,8 @@ class MosaicConfig:
             taps = getattr(self, f"{kind}_kernel")
             if getattr(self, f"low_rank_{kind}s") and taps != 2:
                 raise ValueError(f"{kind}_kernel: low-rank features mix 2 positions, got {taps}")
-        if self.compat not in (None, "dense", "eft"):
-            raise ValueError(f'compat: expected None, "dense" or "eft", got {self.compat!r}')
+        if self.compat not in (known := (None, "dense", "eft", "nano")):
+            raise ValueError(f"compat: expected one of {known}, got {self.compat!r}")
 
     @property
     def head_dim(self) -> int:

@@ -28,7 +28,8 @@ def from_torch(
     """Build a model from parameters under the authors' names.
 
     They are the dense, eft or nano set for a `MosaicConfig`, GPT-2's for a `TransformerConfig`.
-    nano models do not divide their logits; `logit_scale` becomes 1 for them. Types are kept.
+    nano models do not divide their logits; `logit_scale` becomes 1 for them, and `compat="nano"`
+    has their other constants, too. Types are kept.
 
     Raises:
       ValueError: names that are missing or unknown, or a shape that does not fit the configuration.
