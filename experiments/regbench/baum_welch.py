@@ -206,7 +206,7 @@ def predict(
 
     At every position inside a word a model is drawn and fitted to all words up to there, the last
     one unfinished; after a separator the model before it tells the first symbol (the draw itself,
-    where there was none). A sequence of RegBench takes about a minute.
+    where there was none). A sequence of RegBench takes ten seconds or so.
 
     Raises:
         ValueError: `states` is below 6, or an id is neither a letter nor the separator.
