@@ -137,6 +137,22 @@ def test_what_is_learned_has_gradients():
         assert np.all(learned[...][:, 0] == 0) and np.all(learned[...][:, 1] != 0)
 
 
+def test_biases_and_scales_take_linear_memory():
+    """Of a gradient through attention with NAPE and length scales, both at once."""
+    made = config(alibi_heads=1, length_scaled=True, learned_bandwidth=True, implementation="xla")
+    attention = module(SelfAttention, made)
+
+    def temporary_bytes(length):
+        gradient = jax.grad(lambda m, x: jnp.sum(m(x, places(length)) ** 2))
+        shape = jax.ShapeDtypeStruct((1, length, 8), jnp.float32)
+        compiled = jax.jit(gradient).lower(attention, shape).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = map(temporary_bytes, (2048, 8192))
+    # Four times the length and some padding of buffers; a square would be 16 times.
+    assert large <= 5 * small, f"{small} -> {large} bytes"
+
+
 def test_dropout_needs_a_key_and_reaches_every_layer():
     made = config(max_length=12, num_layers=1)
     rates = ("attention_dropout", "hidden_dropout", "embedding_dropout")

@@ -119,7 +119,8 @@ class TransformerConfig:
       initial_bandwidth: h at the start, or for good.
       learned_bandwidth: learn log h, one a head.
       length_scaled: divide h^2 by 1 + softplus(b) log(n)^g for queries that see n keys, with b and
-        g learned, one a head; heads with `alibi_heads` keep theirs. Scores grow with the context.
+        g learned, one a head, so that scores grow with the context; the heads that `alibi_heads`
+        counts are left out.
       cosine: scores are cosines of queries and keys, as `Fixed` demands, not q.k / sqrt(H).
       attention_dropout: rate on the weights.
       hidden_dropout: rate after each output projection.

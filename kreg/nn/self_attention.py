@@ -109,13 +109,14 @@ class SelfAttention(nnx.Module):
         config = self.config
         for_weights, for_output = split_key(dropout_key)
         query, key, value = self._project(x)
+        query, rule = self._sharpened(query, where.position)
         answer = kreg.attention(
             query,
             key,
             value,
             self._bias(key),
             kernel=config.kernel,
-            bandwidth=self._rule(where.position),
+            bandwidth=rule,
             scale=1.0 if config.cosine else None,
             is_causal=True,
             segment_ids=where.documents,
@@ -139,6 +140,7 @@ class SelfAttention(nnx.Module):
         """Take in the input of one position and answer it, as the call on the whole sequence."""
         config = self.config
         query, key, value = self._project(x)
+        query, rule = self._sharpened(query, position[None, None])
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis=1)
             for old, new in zip(cache, (key, value), strict=True)
@@ -149,7 +151,7 @@ class SelfAttention(nnx.Module):
             values,
             self._bias(keys),
             kernel=config.kernel,
-            bandwidth=self._rule(position[None, None]),
+            bandwidth=rule,
             scale=1.0 if config.cosine else None,
             key_value_seq_lengths=jnp.full(x.shape[0], position + 1, jnp.int32),
             implementation=config.implementation,
@@ -172,17 +174,24 @@ class SelfAttention(nnx.Module):
         slope = jnp.where(head < self.config.alibi_heads, 1 / (head + 1), 0).astype(dtype)
         return slope[None, :, None, None] * jnp.arange(key.shape[1], dtype=dtype)[None, None, None]
 
-    def _rule(self, position: Int[Array, "#B T"]) -> Rule:
-        """The bandwidth rule; h is a number, [1, N, 1, 1] or, with length scales, [#B, N, T, 1]."""
+    def _sharpened(
+        self, query: Float[Array, "B T N H"], position: Int[Array, "#B T"]
+    ) -> tuple[Float[Array, "B T N H"], Rule]:
+        """Scale queries or bandwidths by the lengths of their contexts."""
         config = self.config
         h = config.initial_bandwidth
         if self.log_bandwidth is not None:
             h = jnp.exp(_wide(self.log_bandwidth))[None, :, None, None]
-        if self.length_weight is not None and self.length_power is not None:
-            scale = length_scale(position, _wide(self.length_weight), _wide(self.length_power))
-            linear = jnp.arange(config.num_heads)[None, :, None, None] < config.alibi_heads
-            h = h / jnp.sqrt(jnp.where(linear, 1, scale))
-        return config.bandwidth(h)
+        if self.length_weight is None or self.length_power is None:
+            return query, config.bandwidth(h)
+        scale = length_scale(position, _wide(self.length_weight), _wide(self.length_power))
+        if config.alibi_heads == 0:
+            return query, config.bandwidth(h / jnp.sqrt(scale))
+        # Dividing biases by an h for each query would take O(N T^2) memory. Heads with biases
+        # have no scale, and the others no bias, so that scaling the queries does the same.
+        head = jnp.arange(config.num_heads)[None, None, :, None]
+        scale = jnp.where(head < config.alibi_heads, 1, jnp.swapaxes(scale, 1, 2))
+        return (query * scale).astype(query.dtype), config.bandwidth(h)
 
 
 def length_scale(
