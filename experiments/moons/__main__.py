@@ -43,9 +43,10 @@ def main(arguments: Sequence[str]) -> int:
         say(f"error: {' '.join(str(error).split())}")
         return 2
     for name, model in found["models"].items():
-        after = model["understood_after"]
-        when = "never understood" if after is None else f"understood after {after} points"
-        say(f"{name}: error {model['val_loss']:.4f}, {when}")
+        moons, everything = model["error_after_moons"], model["error_after_all"]
+        say(
+            f"{name}: error {moons:.4f} after every moon came round, {everything:.4f} after all did"
+        )
     three = found["models"]["three heads"]["disentanglement"]
     say(f"the head of a moon has {three:.0%} of its prediction; wrote {folder}/moons.json and .png")
     return 0

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -22,8 +23,6 @@ from kreg.training import Progress, TrainResult, adamw, batches, init_state, mak
 
 # Errors beyond this count no more in the loss, so that windows not yet understood do not rule it.
 _CLIP = 0.5
-# A system counts as understood from where the error per coordinate stays below this.
-UNDERSTOOD = 0.01
 
 type Heads = tuple[int, int]
 
@@ -118,11 +117,12 @@ def run(
 def findings(config: Config, model: MoonsModel) -> dict[str, Any]:
     """Measure a model on windows of the held-out system.
 
-    `error` is the squared error per coordinate after each point, `understood_after` from where it
-    stays below 0.01 (None where it does not), both means over windows. `outputs[n][m]` is the
-    share of head n in what all heads add to moon m, `keys[n][m]` the share of moon m in the
-    matrix that makes head n's keys. `disentanglement` is the mean share of the head that predicts
-    a moon, each head but one moon; 1/3 if all heads predict all moons alike.
+    `error` is the squared error per coordinate after each point, the mean over windows;
+    `error_after_moons` its mean from where every moon has come round until all of them have come
+    round together, and `error_after_all` from there on. `outputs[n][m]` is the share of head n in
+    what all heads add to moon m, `keys[n][m]` the share of moon m in the matrix that makes head
+    n's keys. `disentanglement` is the mean share of the head that predicts a moon, each head but
+    one moon; 1/3 if all heads predict all moons alike.
     """
     windows = jnp.asarray(held_out(config.length, config.windows, config.seed))
     parts = _jitted(MoonsModel.contributions)(model, windows[:, :-1])
@@ -131,12 +131,13 @@ def findings(config: Config, model: MoonsModel) -> dict[str, Any]:
     weight = np.asarray(model.keys.matrix()) ** 2
     reading = weight.reshape(model.config.num_heads, -1, MOONS, 2).sum(axis=(1, 3))
     outputs = energy / energy.sum(axis=0, keepdims=True)
-    late = np.flatnonzero(error >= UNDERSTOOD)
-    after = int(late[-1]) + 1 if late.size else 0
+    facts = about(config)
+    moons, everything = math.ceil(max(facts["periods"])), math.ceil(facts["common_period"])
     return {
         "val_loss": float(clipped_error(jnp.sum(parts, axis=2), windows)),
         "error": error.tolist(),
-        "understood_after": after if after < len(error) else None,
+        "error_after_moons": float(error[moons:everything].mean()),
+        "error_after_all": float(error[everything:].mean()),
         "outputs": outputs.tolist(),
         "keys": (reading / reading.sum(axis=1, keepdims=True)).tolist(),
         "disentanglement": matched(outputs) if len(outputs) == MOONS else None,

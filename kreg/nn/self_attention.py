@@ -187,8 +187,8 @@ class SelfAttention(nnx.Module):
         scale = length_scale(position, _wide(self.length_weight), _wide(self.length_power))
         if config.alibi_heads == 0:
             return query, config.bandwidth(h / jnp.sqrt(scale))
-        # Dividing biases by an h for each query would take O(N T^2) memory. Heads with biases
-        # have no scale, and the others no bias, so that scaling the queries does the same.
+        # With biases, attention has its fastest paths for one h alone. Heads with biases have no
+        # scale, and the others no bias, so that scaling the queries does the same.
         head = jnp.arange(config.num_heads)[None, None, :, None]
         scale = jnp.where(head < config.alibi_heads, 1, jnp.swapaxes(scale, 1, 2))
         return (query * scale).astype(query.dtype), config.bandwidth(h)
