@@ -7,7 +7,6 @@ Needs torch and entmax (pip install torch entmax).
 """
 
 import argparse
-import functools
 import os
 from collections.abc import Callable
 from importlib import metadata
@@ -20,9 +19,10 @@ import optax
 from flax import nnx
 
 from experiments.bench import Contestant, markdown, optional, processor, run, show
-from experiments.in_context.environment import describe
-from experiments.in_context.results import write_json
 from experiments.methods import method
+from experiments.runs.environment import describe
+from experiments.runs.json_files import write_json
+from experiments.torch_mosaic import Mosaic, torch
 from kreg.nn import MemoryMosaic, MosaicConfig, to_torch
 from kreg.training import adamw, init_state, make_step, mean_token_cross_entropy
 
@@ -52,6 +52,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(options: argparse.Namespace) -> None:
+    if torch is None or optional("entmax") is None:
+        raise SystemExit("mosaic_bench: needs torch and entmax (pip install torch entmax)")
     options.out.mkdir(parents=True, exist_ok=True)
     comparisons = {}
     for name in options.methods:
@@ -124,10 +126,6 @@ def theirs(
     options: argparse.Namespace, state: dict, name: str, inputs, labels, *, compiled: bool
 ) -> Callable[[], float]:
     """The same of PyTorch's."""
-    import torch
-
-    from experiments.torch_mosaic import Mosaic
-
     torch.set_flush_denormal(True)
     model: Any = Mosaic(state, options.layers, options.heads, name)
     optimizer = torch.optim.AdamW(

@@ -1,17 +1,24 @@
-"""A Memory Mosaic in PyTorch, to be timed beside kreg's: the same maps, as fast as PyTorch has them.
+"""A Memory Mosaic in PyTorch, to be timed beside kreg's: the same maps, as fast as may be there.
 
 Softmax weights go through scaled_dot_product_attention, sparse ones through the entmax package; the
 leaky average is summed in chunks. Parameters have the names that `kreg.nn.to_torch` gives them.
 Axes: B batch, T time, C width of the stream, N heads, H head width.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import entmax
-import torch
-from torch import Tensor
-from torch.nn import functional
+
+def _optional(name: str) -> Any:
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+torch: Any = _optional("torch")
+entmax: Any = _optional("entmax")
+functional: Any = torch and torch.nn.functional
+type Tensor = Any
 
 _CHUNK = 32
 # Thirty bisections leave 1e-9 of the bracket: more would cost PyTorch time for nothing.
@@ -24,20 +31,19 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor] | None] = {
 }
 
 
-class Mosaic(torch.nn.Module):
+class Mosaic:
     """Predicts the next token; `method` is one of WEIGHTS."""
 
     def __init__(self, state: dict[str, Any], layers: int, heads: int, method: str) -> None:
-        super().__init__()
         self.layers, self.heads, self.weights = layers, heads, WEIGHTS[method]
-        # Names with dots are not allowed for parameters.
-        self.numbers = torch.nn.ParameterDict(
-            {name.replace(".", "/"): torch.tensor(x) for name, x in state.items()}
-        )
+        self.numbers = {name: torch.tensor(x).requires_grad_() for name, x in state.items()}
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def parameters(self) -> list[Tensor]:
+        return list(self.numbers.values())
+
+    def logits(self, tokens: Tensor) -> Tensor:
         """Return logits [B, T, V] of tokens [B, T]."""
-        table = self._get("emb.weight")
+        table = self.numbers["emb.weight"]
         x = table[tokens]
         for i in range(self.layers):
             x = x + self._contextual(self._norm(x, f"blocks.{i}.ln1"), f"blocks.{i}.attn.")
@@ -45,36 +51,33 @@ class Mosaic(torch.nn.Module):
         return self._norm(x, "ln_out") @ table.T * table.shape[1] ** -0.5
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        return functional.cross_entropy(self(tokens).flatten(0, 1), labels.flatten())
-
-    def _get(self, name: str) -> Tensor:
-        return self.numbers[name.replace(".", "/")]
+        return functional.cross_entropy(self.logits(tokens).flatten(0, 1), labels.flatten())
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return functional.layer_norm(x, x.shape[-1:], self._get(f"{name}.weight"), eps=1e-5)
+        return functional.layer_norm(x, x.shape[-1:], self.numbers[f"{name}.weight"], eps=1e-5)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _joined(self, x: Tensor, prefix: str) -> Tensor:
-        return x.transpose(1, 2).flatten(2) @ self._get(f"{prefix}c_proj.weight").T
+        return x.transpose(1, 2).flatten(2) @ self.numbers[f"{prefix}c_proj.weight"].T
 
     def _keys(self, x: Tensor, prefix: str) -> Tensor:
         """Unit keys [B, N, T, H]; the leaky average's factor 1 - lambda does not reach them."""
-        z = self._heads(x @ self._get(f"{prefix}k_featurizer.conv.weight")[:, :, 0].T)
-        rate = (10 * self._get(f"{prefix}leaky_key_beta")).abs()
+        z = self._heads(x @ self.numbers[f"{prefix}k_featurizer.conv.weight"][:, :, 0].T)
+        rate = (10 * self.numbers[f"{prefix}leaky_key_beta"]).abs()
         return functional.normalize(decayed_sum(z, rate), dim=-1)
 
     def _beta(self, prefix: str) -> Tensor:
-        return (10 * self._get(f"{prefix}kernel_beta")).clamp(max=5).exp()[:, None, None]
+        return (10 * self.numbers[f"{prefix}kernel_beta"]).clamp(max=5).exp()[:, None, None]
 
     def _contextual(self, x: Tensor, prefix: str) -> Tensor:
         key = self._keys(x, prefix) * self._beta(prefix)
-        w = self._heads(x @ self._get(f"{prefix}v_featurizer.linear.weight").T)
-        mix = self._get(f"{prefix}v_featurizer.coef")[:, None, None]
+        w = self._heads(x @ self.numbers[f"{prefix}v_featurizer.linear.weight"].T)
+        mix = self.numbers[f"{prefix}v_featurizer.coef"][:, None, None]
         # The last value is seen by nobody.
         value = functional.normalize((1 - mix) * w[:, :, 1:] + mix * w[:, :, :-1], dim=-1)
-        value = value * (10 * self._get(f"{prefix}value_beta")).exp()[:, None, None]
+        value = value * (10 * self.numbers[f"{prefix}value_beta"]).exp()[:, None, None]
         answer = self._attend(key[:, :, 1:], key[:, :, :-1], value)
         return self._joined(functional.pad(answer, (0, 0, 1, 0)), prefix)
 
@@ -90,11 +93,11 @@ class Mosaic(torch.nn.Module):
     def _persistent(self, x: Tensor, prefix: str) -> Tensor:
         key = self._keys(x, prefix)
         query = (key * self._beta(prefix) ** 2).transpose(0, 1).flatten(1, 2)
-        keys, values = (self._get(f"{prefix}pmem.M_{name}0") for name in "kv")
+        keys, values = (self.numbers[f"{prefix}pmem.M_{name}0"] for name in "kv")
         attend = functional.scaled_dot_product_attention
         answer = attend(query[None], keys, values, scale=1.0)
         answer = answer[0].unflatten(1, (key.shape[0], -1)).transpose(0, 1)
-        answer = answer * (10 * self._get(f"{prefix}value_beta")).exp()[:, None, None]
+        answer = answer * (10 * self.numbers[f"{prefix}value_beta"]).exp()[:, None, None]
         return self._joined(answer, prefix)
 
 

@@ -26,6 +26,8 @@ from kreg.nn import MemoryMosaic, MosaicConfig, from_torch, to_torch
 # The golden files that a test here or in a neighbouring file opens, by that test's file.
 TESTED = {
     "test_golden_blocks.py": ("context_block", "persistent_block", "eft_block", "wkv"),
+    "test_golden_nano.py": ("nano",),
+    "test_golden_moons.py": ("threemoons",),
     "test_golden_models.py": ("stack", "trajectory", "eft_task_stack", "init_stats"),
     "test_golden_entmax.py": ("entmax_activations",),
     "test_golden_losses.py": ("entmax_losses",),

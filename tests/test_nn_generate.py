@@ -13,6 +13,7 @@ from kreg.nn.mosaic import Block
 
 CASES = [(m, {}) for m in METHODS] + [("biweight", VARIANTS[v]) for v in VARIANTS]
 CASES += [("relumax", {"compat": "dense"}), ("top3_softmax", {"compat": "eft"})]
+CASES += [("softmax", {"compat": "nano"})]
 CASES += [(m, {"compat": "eft"}) for m in ("norm_relu", "relumax", "top3_uniform")]
 NAMES = [f"{m}-{'-'.join(map(str, o.values()))}" for m, o in CASES]
 

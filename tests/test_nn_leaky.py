@@ -59,9 +59,9 @@ def test_gradients_equal_differences(packed):
         np.testing.assert_allclose(np.sum(by_z * dz) + np.sum(by_rate * drate), slope, rtol=1e-7)
 
 
-@pytest.mark.parametrize("normalised", [False, True])
-def test_steps_equal_the_whole(normalised):
-    average = LeakyAverage(3, normalised=normalised)
+@pytest.mark.parametrize("options", [{}, {"normalised": True}, {"bare": True}], ids=str)
+def test_steps_equal_the_whole(options):
+    average = LeakyAverage(3, **options)
     z = jax.random.normal(jax.random.key(0), (2, 40, 3, 4))
     whole = quick_jit(lambda m, z: m(z))(average, z)
 

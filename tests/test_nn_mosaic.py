@@ -238,7 +238,7 @@ BAD = [
     ({"value_shift": -1}, "value_shift: expected at least 0"),
     ({"hidden_dropout": 1.0}, "hidden_dropout: expected a rate"),
     ({"value_kernel": 3}, "value_kernel: low-rank features mix 2 positions, got 3"),
-    ({"compat": "both"}, 'compat: expected None, "dense" or "eft"'),
+    ({"compat": "both"}, r"compat: expected one of \(None, 'dense', 'eft', 'nano'\)"),
 ]
 
 

@@ -1,9 +1,10 @@
-"""RegBench in NumPy: random regular languages shown word by word, metrics, n-gram baselines.
+"""RegBench in NumPy: random regular languages shown word by word, metrics, baselines.
 
 Follows Akyürek et al., `In-Context Language Learning: Architectures and Algorithms
 <https://arxiv.org/abs/2401.12973>`_, 2024, in distribution. No part of it needs kreg or JAX.
 """
 
+from experiments.regbench import baum_welch as baum_welch
 from experiments.regbench import metrics as metrics
 from experiments.regbench import ngram as ngram
 from experiments.regbench.alphabet import IGNORED_LABEL as IGNORED_LABEL

@@ -1,13 +1,15 @@
-"""Where the two released files of Memory Mosaics differ from the theory, and from each other.
+"""Where the released files of Memory Mosaics differ from the theory, and from each other.
 
-The theory is `THEORY`. "dense" and "eft" name the two files; they disagree in the constants of
-norms and clamps and in what three of the methods compute. A method is a pair of kernel and
-bandwidth rule, and only these pairs exist there: any kernel with Adaptive, the Gaussian with any
-rule, Epanechnikov with Fixed or Anchored, box with Nearest.
+The theory is `THEORY`. "dense" and "eft" name the two files of the sparse methods; they disagree
+in the constants of norms and clamps and in what three of the methods compute. A method is a pair of
+kernel and bandwidth rule, and only these pairs exist there: any kernel with Adaptive, the Gaussian
+with any rule, Epanechnikov with Fixed or Anchored, box with Nearest. "nano" names nanoMosaics,
+which has constants of its own and one method, softmax; here any method may be read with them.
 
 Axes: B batch, T queries, S keys, N heads, H key width, V value width.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ import kreg
 from kreg.nn.leaky import decayed_sum, per_head
 
 LARGEST_EXPONENT = 5.0
+_LARGEST_NANO_EXPONENT = math.log(65535)
 
 
 def clamped(x: Float[Array, "*S"], bound: float) -> Float[Array, "*S"]:
@@ -27,10 +30,12 @@ def clamped(x: Float[Array, "*S"], bound: float) -> Float[Array, "*S"]:
     return jnp.where(x > bound, jnp.asarray(bound, x.dtype), x)
 
 
-def inverse_bandwidth(kernel_beta: Float[Array, " N"]) -> Float[Array, " N"]:
-    """Return beta = exp(min(10 p, 5))."""
+def inverse_bandwidth(
+    kernel_beta: Float[Array, " N"], largest: float = LARGEST_EXPONENT
+) -> Float[Array, " N"]:
+    """Return beta = exp(min(10 p, largest))."""
     wide = kernel_beta.astype(jnp.promote_types(kernel_beta.dtype, jnp.float32))
-    return jnp.exp(clamped(10 * wide, LARGEST_EXPONENT))
+    return jnp.exp(clamped(10 * wide, largest))
 
 
 def _free_scale(value_beta: Float[Array, " N"]) -> Float[Array, " N"]:
@@ -62,8 +67,13 @@ class Variant:
     """The constants of one version of the model and its reading of a kernel and a rule."""
 
     method: Callable[..., Method]
-    epsilon: float = 0.0
+    epsilon: float = 0.0  # beside the lengths of contextual keys and of values
+    memory_epsilon: float = 0.0  # beside the lengths of persistent memories' keys
+    largest_exponent: float = LARGEST_EXPONENT
+    largest_memory_exponent: float = LARGEST_EXPONENT
+    divides_logits: bool = True
     normalised_average: bool = False
+    bare_average: bool = False
     value_scale: Callable[[Array], Array] = _free_scale
     memory_scale: Callable[[Array], Array] = _free_scale
     drops_weights: bool = True
@@ -113,6 +123,16 @@ _VARIANTS = {
         value_scale=_clamped_exponent,
         memory_scale=_clamped_scale,
         drops_weights=False,
+    ),
+    # The persistent memory of nano takes the square of beta as its scale, and clamps the square.
+    "nano": Variant(
+        method=_theory,
+        epsilon=1e-10,
+        memory_epsilon=1e-10,
+        largest_exponent=_LARGEST_NANO_EXPONENT,
+        largest_memory_exponent=_LARGEST_NANO_EXPONENT / 2,
+        divides_logits=False,
+        bare_average=True,
     ),
 }
 

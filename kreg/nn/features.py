@@ -133,7 +133,9 @@ class KeyFeatures(nnx.Module):
         self.projection = Projection(
             config, taps=config.key_kernel, low_rank=config.low_rank_keys, ahead=0, rngs=rngs
         )
-        self.average = LeakyAverage(config.num_heads, normalised=released.normalised_average)
+        self.average = LeakyAverage(
+            config.num_heads, normalised=released.normalised_average, bare=released.bare_average
+        )
 
     def __call__(
         self, x: Float[Array, "B T C"], documents: Int[Array, "B T"] | None = None

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from kreg.nn.mosaic import MemoryMosaic
+from kreg.nn.transformer import Transformer
 
 
 def generate(
-    model: MemoryMosaic,
+    model: MemoryMosaic | Transformer,
     prompt: Int[Array, "B T"],
     max_new_tokens: int,
     *,
@@ -25,7 +26,7 @@ def generate(
     token among equals). One compiled scan over positions reads the prompt and writes on.
 
     Args:
-      model: a Memory Mosaic.
+      model: a Memory Mosaic or a Transformer.
       prompt: tokens, at least one per sequence.
       max_new_tokens: how many to append.
       key: source of the draws; None is greedy.
@@ -34,7 +35,8 @@ def generate(
       stop_token: a sequence that produced it repeats it to the end.
 
     Raises:
-      ValueError: an empty prompt, a negative count, a temperature or top_k out of range.
+      ValueError: an empty prompt, a negative count, a temperature or top_k out of range, or more
+        positions than a Transformer has learned.
       NotImplementedError: the dense file's norm_relu, whose answers depend on future tokens.
 
     Examples:
@@ -77,7 +79,7 @@ def _continue(model, prompt, key, temperature, *, new, top_k, stop_token):
         token = jnp.where(position + 1 < given, tokens[:, position + 1], drawn)
         return (cache, tokens.at[:, position + 1].set(token), stopped), None
 
-    start = (model.start(batch, length), tokens, jnp.zeros(batch, bool))
+    start = (model.start(batch, length - 1), tokens, jnp.zeros(batch, bool))
     (_, tokens, _), _ = jax.lax.scan(advance, start, jnp.arange(length - 1))
     return tokens
 

@@ -131,7 +131,8 @@ class LeakyAverage(nnx.Module):
     r"""Hold one decay per head and average over time, lambda = exp(-|10 p|).
 
     `normalised` divides by the weights' sum, sum lambda^{t-i} z_i / sum lambda^{t-i}, instead of
-    multiplying by 1 - lambda. The two differ by a positive factor, which unit keys do not see.
+    multiplying by 1 - lambda; `bare` does neither. They differ by a positive factor, which unit
+    keys do not see.
     The parameters p start evenly spaced from 0.05 to 0.5.
 
     Examples:
@@ -143,8 +144,8 @@ class LeakyAverage(nnx.Module):
       [1.0, 1.0, 1.0]
     """
 
-    def __init__(self, num_heads: int, *, normalised: bool = False) -> None:
-        self.normalised = normalised
+    def __init__(self, num_heads: int, *, normalised: bool = False, bare: bool = False) -> None:
+        self.normalised, self.bare = normalised, bare
         self.decay = nnx.Param(jnp.linspace(0.05, 0.5, num_heads))
 
     def rate(self) -> Float[Array, " N"]:
@@ -155,6 +156,8 @@ class LeakyAverage(nnx.Module):
         self, z: Float[Array, "B T N H"], documents: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T N H"]:
         """Average over the past of each position, within its document."""
+        if self.bare:
+            return decayed_sum(z, self.rate(), documents)
         if not self.normalised:
             return leaky_average(z, self.rate(), documents)
         ones = jnp.ones_like(z[:1, :, :, :1] if documents is None else z[..., :1])
@@ -175,7 +178,9 @@ class LeakyAverage(nnx.Module):
         fading = jnp.exp(-self.rate()).astype(state.weight.dtype)
         total = per_head(fading, state.total) * state.total + z
         state = LeakyState(total, fading * state.weight + 1)
-        if self.normalised:
+        if self.bare:
+            average = total
+        elif self.normalised:
             average = total / per_head(state.weight, total)
         else:
             average = per_head(-jnp.expm1(-self.rate()), total) * total

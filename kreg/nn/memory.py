@@ -173,7 +173,7 @@ class ContextualMemory(nnx.Module):
 
     def _method(self, x: Float[Array, "..."]) -> Method:
         config = self.config
-        beta = inverse_bandwidth(self.kernel_beta[...])
+        beta = inverse_bandwidth(self.kernel_beta[...], variant(config.compat).largest_exponent)
         beta = beta.astype(jnp.promote_types(x.dtype, jnp.float32))[None, :, None, None]
         return variant(config.compat).method(
             config.kernel, config.bandwidth, beta, config.value_shift
@@ -205,7 +205,7 @@ class PersistentMemory(nnx.Module):
 
     def __init__(self, config: MosaicConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.keys = KeyFeatures(config, rngs=rngs)
+        self.keys = KeyFeatures(config, epsilon=variant(config.compat).memory_epsilon, rngs=rngs)
         shape = (config.memory_count, config.memory_size, config.num_heads, config.head_dim)
         self.memory_keys = nnx.Param(normal(rngs.params(), shape, config.head_dim))
         self.memory_values = nnx.Param(normal(rngs.params(), shape, config.head_dim))
@@ -232,7 +232,8 @@ class PersistentMemory(nnx.Module):
         config = self.config
         keys = self.memory_keys[...].astype(key.dtype)
         values = self.memory_values[...].astype(key.dtype)
-        beta = inverse_bandwidth(self.kernel_beta[...])[None, :, None, None]
+        largest = variant(config.compat).largest_memory_exponent
+        beta = inverse_bandwidth(self.kernel_beta[...], largest)[None, :, None, None]
         # Every position sees the same pairs, so batch and time are one axis of queries.
         query = key.reshape(1, -1, *key.shape[2:])
         drops = [None] * config.memory_count

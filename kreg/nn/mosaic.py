@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kreg.nn.config import MosaicConfig
+from kreg.nn.compat import variant
+from kreg.nn.config import MosaicConfig, TransformerConfig
 from kreg.nn.features import document_index, normal
 from kreg.nn.memory import (
     ContextCache,
@@ -20,7 +21,7 @@ from kreg.nn.memory import (
 )
 
 
-def layer_norm(config: MosaicConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(config: MosaicConfig | TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Build a layer norm as the released model has it: epsilon 1e-5, a bias only if configured."""
     return nnx.LayerNorm(
         config.embed_dim,
@@ -158,7 +159,9 @@ class MemoryMosaic(nnx.Module):
         """Map the stream after the last block to logits."""
         head = self.embedding if self.head is None else self.head
         scale = self.config.logit_scale
-        scale = self.config.embed_dim**-0.5 if scale is None else scale
+        if scale is None:
+            divides = variant(self.config.compat).divides_logits
+            scale = self.config.embed_dim**-0.5 if divides else 1.0
         wide = jnp.promote_types(x.dtype, jnp.float32)
         y = self.norm(x)
         return scale * jnp.einsum("...c,vc->...v", y, head[...], preferred_element_type=wide)
