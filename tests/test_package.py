@@ -80,7 +80,7 @@ LAYERS = {
     "experiments": (
         {"jax", "jaxtyping", "numpy", "flax", "optax", "kreg", "kreg.nn", "kreg.training"}
         | {"experiments"},
-        {"grain", "matplotlib", "multivolumefile", "py7zr", "tiktoken", "tyro", "pallas_kernels"},
+        {"grain", "matplotlib", "py7zr", "tiktoken", "tyro", "pallas_kernels"},
     ),
     "pallas_kernels": ({"jax", "jaxtyping", "numpy", "kreg", "pallas_kernels"}, set()),
 }

@@ -1,5 +1,8 @@
 """A 7z archive in parts: named files out of it, and nothing else."""
 
+import bisect
+import io
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -22,9 +25,7 @@ def extract(parts: Sequence[Path], names: Sequence[str], folder: Path, *, most: 
             twice, is a link or a folder, or a file is too large. Nothing has been written then.
     """
     try:
-        import multivolumefile  # pyrefly: ignore[missing-import]
         import py7zr  # pyrefly: ignore[missing-import]
-        from py7zr.exceptions import ArchiveError  # pyrefly: ignore[missing-import]
     except ImportError as error:
         raise ValueError(
             f"py7zr: expected the package that reads {parts[0].name}, got none; "
@@ -35,15 +36,15 @@ def extract(parts: Sequence[Path], names: Sequence[str], folder: Path, *, most: 
         raise ValueError(f"parts: expected {len(parts)} files, got no {missing[0]}")
     writers = _Writers(Path(folder), names, most)
     try:
-        with (
-            multivolumefile.open(parts[0].with_suffix(""), "rb") as joined,
-            py7zr.SevenZipFile(joined) as archive,
-        ):
+        joined = io.BufferedReader(_Joined(parts))
+        with joined, py7zr.SevenZipFile(joined) as archive:
             members = [_find(archive.list(), name, most) for name in names]
             archive.extract(targets=members, factory=writers)
         return writers.settle()
-    # py7zr lets errors of the decompressors through.
-    except (ArchiveError, EOFError, OSError, RuntimeError) as error:
+    except ValueError:
+        raise
+    # py7zr lets through whatever its decompressors raise.
+    except Exception as error:
         if isinstance(error, OSError) and error.filename:
             raise
         raise ValueError(f"{parts[0]}: expected a whole 7z archive, got {error!r}") from error
@@ -61,6 +62,42 @@ def _find(members: Sequence[Any], name: str, most: int) -> str:
             f"most: expected {name} of at most {most:,} bytes, got {found[0].uncompressed:,}"
         )
     return found[0].filename
+
+
+class _Joined(io.RawIOBase):
+    """Files read as one."""
+
+    def __init__(self, parts: Sequence[Path]) -> None:
+        self._files = [open(part, "rb") for part in parts]
+        ends = itertools.accumulate(part.stat().st_size for part in parts)
+        self._bounds, self._place = [0, *ends], 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origins = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._bounds[-1]}
+        self._place = max(0, origins[whence] + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what comes next, at most to the end of a part."""
+        number = bisect.bisect_right(self._bounds, self._place) - 1
+        if number >= len(self._files):
+            return 0
+        self._files[number].seek(self._place - self._bounds[number])
+        room = memoryview(buffer)[: self._bounds[number + 1] - self._place]
+        count = self._files[number].readinto(room)
+        self._place += count
+        return count
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        super().close()
 
 
 class _Writers:

@@ -49,7 +49,12 @@ def download(
     version = path.with_name(f"{path.name}.part.version")
     with open(part, "ab") as file:
         _claim(file, path)
-        _complete(file, url, version, report, timeout)
+        try:
+            _complete(file, url, version, report, timeout)
+        except BaseException:
+            if not part.stat().st_size:
+                part.unlink()
+            raise
         try:
             _require_digest(part, path, sha256, "It has been discarded.")
         except ValueError:
