@@ -226,4 +226,5 @@ def sparse_attention_mask(inputs: Ints, layout: Layout) -> Ints:
     """
     xp = namespace(inputs)
     first = xp.argmax(inputs == layout.sep, axis=-1)[..., None]
-    return (xp.arange(inputs.shape[-1]) >= first) & (inputs != layout.pad)
+    place = xp.broadcast_to(xp.arange(inputs.shape[-1]), inputs.shape)
+    return (place >= first) & (inputs != layout.pad)

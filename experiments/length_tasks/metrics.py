@@ -119,7 +119,7 @@ def sparse_attention_exact(predictions: Ints, targets: Ints, layout: Layout) -> 
     targets, right = targets[..., :-1], (predictions == targets)[..., :-1]
     separators = targets == layout.sep
     single = separators.sum(axis=-1) == 1
-    place = xp.arange(targets.shape[-1])
+    place = xp.broadcast_to(xp.arange(targets.shape[-1]), targets.shape)
     kept = (place > xp.argmax(separators, axis=-1)[..., None]) & single[..., None]
     exact = ((right | ~kept).all(axis=-1) & single).sum()
     return Counts(single.size, exact, exact, kept.sum(), (right & kept).sum())
