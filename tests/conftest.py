@@ -15,6 +15,9 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 CORE = Path(__file__).resolve().parent.parent / "kreg"
+# Every compiled program takes a few mappings of memory, of which Linux gives a process 65,530; the
+# compiler dies without a word when they are used up.
+MAPPINGS, MOST_MAPPINGS = Path("/proc/self/maps"), 30_000
 
 
 def pytest_collection_modifyitems(items):
@@ -22,6 +25,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent == CORE:
             item.add_marker(pytest.mark.core)
+
+
+def pytest_runtest_logfinish():
+    """Drop compiled programs before there are too many of them."""
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture
