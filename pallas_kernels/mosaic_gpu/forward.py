@@ -191,7 +191,7 @@ def powers(order: float) -> list[float]:
     return [order, order - 1, order - 2][: 2 + (order >= 2)]
 
 
-def search(plan: Plan, cut, sums: Callable, largest: Callable, state: tuple) -> tuple:
+def search(plan: Plan, cut, sums: Callable, largest: Callable, state: tuple) -> list:
     """Moves guesses of the thresholds until none of the block moves by more than is enough.
 
     Sums are formed at `cut`, the best guess, which may be beyond the threshold by a little; tiles
@@ -217,8 +217,8 @@ def search(plan: Plan, cut, sums: Callable, largest: Callable, state: tuple) -> 
         return (carry[0] < _MOST_PASSES) & (carry[3] > enough)
 
     start = integer(0), cut, cut, jnp.float32(1), *state
-    passes, cut, _, _, *state = lax.while_loop(unfinished, advance, start)
-    return passes, cut, *state
+    passes, cut, _, _, *found = lax.while_loop(unfinished, advance, start)
+    return [passes, cut, *found]
 
 
 class Program:

@@ -95,7 +95,8 @@ def _tiles(plan: Plan) -> int:
 
 def _held(plan: Plan) -> int:
     """Tiles of a warpgroup whose scores are in registers; those of others are in shared memory."""
-    return min(_tiles(plan), _TILES_IN_REGISTERS - (plan.value_width > _COLUMNS_AT_ONCE))
+    less = (1 + (plan.by_key or plan.drops)) * (plan.value_width > _COLUMNS_AT_ONCE)
+    return min(_tiles(plan), _TILES_IN_REGISTERS - less)
 
 
 def _shared(plan: Plan, stages: int) -> dict[str, Any]:
@@ -328,7 +329,7 @@ class _Program(Program):
             # Formed once for both rounds.
             rounds = [[m] for m in rounds[0]]
             self.kept = [jnp.maximum(y - across(cut), 0) for y in self.kept]
-        found, others = [], []
+        found: list[Array] = []
         for exponents in rounds:
             if found:
                 # Nothing is added, but the compiler does not know: powers that it has formed once
@@ -336,19 +337,15 @@ class _Program(Program):
                 self._tell(filled(0.0))
                 nothing = plgpu.load(self.shared.told.at[self.group], layout=ROWS)
                 self.kept = [x + across(nothing) for x in self.kept]
-            turn, found, others = self._round(turn, cut, live, count, exponents, found, others)
-        support, visible = others or [filled(0.0)] * 2
+            first = len(found)
+            sums, averages = self._weigh(cut, live, count, exponents, first)
+            turn, *sums = self._joined(turn, operator.add, *sums)
+            self._store(first, averages, sums)
+            found += sums
+        # After the sums of two powers those of the last round's keys, where they are counted.
+        total, slope, support, visible = (*found, *[filled(0.0)] * (4 - len(found)))
         counts = plan.rule is Fixed and plan.with_support
-        self._store_rows(passes, cut, *found, visible if counts else best, support)
-
-    def _round(self, turn, cut, live, count, exponents: list[float], found: list, others: list):
-        """Forms and writes averages of some powers; `found` are the sums of those before."""
-        sums, averages, support = self._weigh(cut, live, count, exponents, len(found))
-        some = [support, self.seen] * (self.plan.with_support and not found)
-        turn, *rows = self._joined(turn, operator.add, *sums, *some)
-        sums, some = rows[: len(sums)], rows[len(sums) :]
-        self._store(len(found), averages, sums)
-        return turn, found + sums, others + some
+        self._store_rows(passes, cut, total, slope, visible if counts else best, support)
 
     def _weighed(self, cut):
         """Lists a warpgroup's tiles with weight, also as bits of its own and of all; counts."""
@@ -367,10 +364,11 @@ class _Program(Program):
     def _weigh(self, cut, live, count, exponents: list[float], turn: int):
         """Sums powers over a warpgroup's tiles with weight: of rows, and times values.
 
-        turn: how often the values have been fetched before; the first time keys are counted too.
+        turn: how often the values have been fetched before. In the last round, when registers have
+        room, keys with weight are counted too, and those that are seen come along.
         """
         plan, number = self.plan, len(exponents)
-        counts = plan.with_support and turn == 0
+        counts = plan.with_support and exponents[-1] != plan.order
 
         def begin(t):
             i = self.shared.list[self._own(t, self.tiles)]
@@ -406,7 +404,8 @@ class _Program(Program):
         sums = [filled(0.0)] * number
         averages = [zeros(plan.value_width)] * number
         carry = integer(0), sums, averages, filled(0.0)
-        return self._over_tiles(visit, *carry)[1:]
+        _, sums, averages, support = self._over_tiles(visit, *carry)
+        return [*sums, *[support, self.seen] * counts], averages
 
     @property
     def _staged(self):
@@ -439,7 +438,7 @@ class _Program(Program):
 
     def _store(self, first: int, sums, weights) -> None:
         """Adds up the two warpgroups' averages from the first on; one of them writes each."""
-        found = list(enumerate(zip(sums, weights, strict=True), first))
+        found = list(enumerate(zip(sums, weights, strict=False), first))
         if self.groups > 1:
             for i, (x, _) in found:
                 self._only(1 - i, functools.partial(self._give, i, x))
