@@ -5,6 +5,7 @@ import functools
 import h200
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -42,6 +43,41 @@ def test_kernels_compile_without_spills(width, order):
     # last with two averages; gradients of queries; of keys and values.
     scores = -(-width // 64) * 4
     assert sorted(program.products) == sorted([3 * scores + 8, 2 * scores + 4, 2 * scores + 8])
+
+
+LONGER = [pytest.mark.nightly, pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    ("length", "width", "tiles", "options"),
+    [
+        (1024, 64, 4 + 1, {}),
+        pytest.param(256, 16, 4, {}, marks=LONGER),
+        pytest.param(512, 64, 4, {"kernel": kreg.epanechnikov}, marks=LONGER),
+        pytest.param(1024, 64, 4 + 1, {"kernel": kreg.Kernel(4)}, marks=LONGER),
+        pytest.param(1024, 64, 4 + 1, {"kernel": kreg.Kernel(2.5)}, marks=LONGER),
+        pytest.param(1024, 64, 4 + 1, {"bandwidth": kreg.Anchored()}, marks=LONGER),
+        pytest.param(1024, 64, 4 + 1, {"dtype": jnp.float16, "return_stats": True}, marks=LONGER),
+        pytest.param(
+            1024, 64, 4 + 1, {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}, marks=LONGER
+        ),
+        pytest.param(256, 128, 3 + 1, {}, marks=LONGER),
+        pytest.param(768, 128, 3 + 1, {"kernel": kreg.triweight}, marks=LONGER),
+        pytest.param(896, 128, 3 + 1, {"return_stats": True}, marks=LONGER),
+        pytest.param(
+            512, 128, 2 + 1, {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}, marks=LONGER
+        ),
+        pytest.param(512, 128, 2 + 1, {"segment_ids": np.zeros((1, 512), np.int32)}, marks=LONGER),
+    ],
+    ids=lambda x: str(list(x)) if isinstance(x, dict) else str(x),
+)
+def test_few_keys_have_their_scores_formed_once(length, width, tiles, options):
+    """Tiles in registers are written one by one, those in shared memory in a loop; no spills."""
+    program = attend(length, width, backward=False, **options)
+    assert len(program.registers) == 1
+    assert not any(program.spilled_bytes), program
+    # Scores of a tile, and its values in two averages.
+    assert program.products == [tiles * (-(-width // 64) * 4 + 8)]
 
 
 @pytest.mark.nightly

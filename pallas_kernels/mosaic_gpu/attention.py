@@ -19,6 +19,7 @@ from kreg.masks import Mask
 from kreg.problem import Problem
 from kreg.rowwise import At
 from kreg.stats import Stats
+from pallas_kernels.mosaic_gpu import short
 from pallas_kernels.mosaic_gpu.backward import backward
 from pallas_kernels.mosaic_gpu.forward import FOUND, Found, forward
 from pallas_kernels.mosaic_gpu.interpreter import effects, interpreted
@@ -118,7 +119,8 @@ def _forward(inputs: Inputs, rest: Problem):
     cut = by_row(plan, _cut(inputs.at) / plan.order)
     query = _seen(inputs.query, ranges)
     query, key, value = (parts(plan, x) for x in (query, inputs.key, inputs.value))
-    found = forward(plan, query, key, value, pack(plan, steep, cut), ranges, Draws.of(rest, plan))
+    run = forward if short.declined(plan) else short.forward
+    found = run(plan, query, key, value, pack(plan, steep, cut), ranges, Draws.of(rest, plan))
     width = inputs.value.shape[-1]
     out = found.out[:, : plan.queries, :, :width]
     if plan.rule is Fixed:

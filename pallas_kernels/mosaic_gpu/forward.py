@@ -8,6 +8,7 @@ the tiles that are left. The bound never passes the threshold: a tile that is dr
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -103,12 +104,21 @@ def forward(
     """Runs the kernel; `rows` are those named in ROWS_GIVEN, y = steep q.k."""
     if plan.value_width > _WIDEST:
         return _by_columns(plan, query, key, value, rows, ranges, draws)
+    arrays = query, key, value, rows, *ranges, *draws
+    return launch(plan, _Program, functools.partial(_shared, plan), Given(*arrays))
+
+
+def launch(plan: Plan, program: type, shared: Callable, given: Given, groups: int = 1) -> Found:
+    """Runs a program for every block of queries; shared: its memory, by how many tiles it fetches.
+
+    groups: warpgroups of a program.
+    """
     grid = plan.batch, plan.heads, plan.blocks
-    shape = plan.batch, query.shape[2], plan.heads, plan.value_width
+    shape = plan.batch, given.queries.shape[2], plan.heads, plan.value_width
     out = jax.ShapeDtypeStruct(shape, plan.out_dtype)
-    count = stages(functools.partial(_shared, plan))
+    count = stages(shared)
     kernel = plgpu.kernel(
-        lambda *refs, **shared: _Program(plan, count, refs, shared).run(),
+        lambda *refs, **shared: program(plan, count, refs, shared).run(),
         out_type=[
             out,
             out,
@@ -119,12 +129,12 @@ def forward(
         # Blocks of a head run beside each other, and find its keys in the cache.
         grid=grid,
         grid_names=("batch", "head", "block"),
-        num_threads=1,
+        num_threads=groups,
         thread_name="warpgroup",
-        scratch_types=_shared(plan, count),
+        scratch_types=shared(count),
         compiler_params=compiler_params(plan),
     )
-    return Found(*kernel(*Given(query, key, value, rows, *ranges, *draws)))
+    return Found(*kernel(*given))
 
 
 def _shared(plan: Plan, stages: int) -> dict[str, Any]:
@@ -176,8 +186,43 @@ def _steps(order: float, total, slope, curve=None):
     return newton, newton / jnp.maximum(1 - newton * bend, 0.5)
 
 
-class _Program:
-    """One block of queries of one head."""
+def powers(order: float) -> list[float]:
+    """Which powers of the scores above a guess are summed for a step: r, r - 1, from 2 on r - 2."""
+    return [order, order - 1, order - 2][: 2 + (order >= 2)]
+
+
+def search(plan: Plan, cut, sums: Callable, largest: Callable, state: tuple) -> list:
+    """Moves guesses of the thresholds until none of the block moves by more than is enough.
+
+    Sums are formed at `cut`, the best guess, which may be beyond the threshold by a little; tiles
+    are dropped when they are below `floor`, which is not.
+
+    sums: (cut, floor, *state) -> (*state, sums of `powers`); largest: of numbers of rows, the same
+    for all threads. Returns passes, cut and state.
+    """
+    enough = (_HALF_STEP, _FULL_STEP)[plan.parts > 1][plan.order >= 2]
+
+    def advance(carry):
+        passes, cut, floor, _, *state = carry
+        found = sums(cut, floor, *state)
+        state, found = found[: len(state)], found[len(state) :]
+        newton, best = _steps(plan.order, *found)
+        floor = jnp.maximum(floor, cut + newton)
+        # Steps that do not move the guess are none, nor are those of rows with NaN.
+        new = cut + best
+        size = jnp.where((new != cut) & (new == new), jnp.abs(best), 0.0)
+        return passes + 1, new, floor, largest(size), *state
+
+    def unfinished(carry):
+        return (carry[0] < _MOST_PASSES) & (carry[3] > enough)
+
+    start = integer(0), cut, cut, jnp.float32(1), *state
+    passes, cut, _, _, *found = lax.while_loop(unfinished, advance, start)
+    return [passes, cut, *found]
+
+
+class Program:
+    """What programs of one block of queries of one head have in common."""
 
     def __init__(self, plan: Plan, stages: int, refs, shared: dict[str, Any]):
         self.plan, self.stages = plan, stages
@@ -189,26 +234,15 @@ class _Program:
         self.head, self.batch = lax.axis_index("head"), lax.axis_index("batch")
         self.key_head = lax.div(self.head, integer(plan.share))
 
-    def run(self) -> None:
-        self._load()
-        best, seen, passes = filled(-1.0), integer(0), integer(0)
-        if self.plan.rule is Adaptive:
-            cut, count = self._bound()
-            cut, count, seen, passes = self._refine(cut, count)
-            tile = self._listed
-        elif self.plan.rule is Anchored:
-            cut, best, count = self._greatest()
-            tile = self._listed
-        else:
-            cut = plgpu.load(self.shared.row.at[1], layout=ROWS)
-            count, tile = self.stop - self.first, self._nearest
-        first = 0 if self.plan.rule is Fixed else self.stop - self.first
-        for i, work in enumerate((first, seen, count, passes)):
-            self.shared.work[i] = integer(work)
-        self._average(cut, best, count, tile)
-
     def _load(self) -> None:
-        """Fetches the block, and its rows' numbers."""
+        """Fetches the block, and its rows' numbers, and clears the map of live tiles."""
+        self._copy()
+        plgpu.barrier_wait(self.shared.ready)
+        self.first, self.stop = (self.shared.limit[3, i] for i in range(2))
+        self.word = self.given.draw_word[0] if self.plan.drops else None
+        self.steep = plgpu.load(self.shared.row.at[0], layout=ROWS)
+
+    def _copy(self) -> None:
         plan, at = self.plan, (self.batch, self.head, self.block)
         fetch(
             plan,
@@ -231,10 +265,6 @@ class _Program:
             return carry
 
         lax.fori_loop(integer(0), integer(words(plan.tiles)), clear, integer(0))
-        plgpu.barrier_wait(self.shared.ready)
-        self.first, self.stop = (self.shared.limit[3, i] for i in range(2))
-        self.word = self.given.draw_word[0] if plan.drops else None
-        self.steep = plgpu.load(self.shared.row.at[0], layout=ROWS)
 
     def _nearest(self, t):
         """Tiles by themselves, the last ones first: they are the nearest under a causal mask."""
@@ -245,16 +275,19 @@ class _Program:
 
     def _stream(self, count, tile, step, carry, with_values: bool = False):
         def begin(j, slot):
-            self._fetch(self.given.keys, j, slot, self.shared.key, self.shared.key_ready)
-            if self.plan.by_key:
-                numbers = self.given.by_keys.at[self.batch, j]
-                plgpu.copy_gmem_to_smem(
-                    numbers, self.shared.by_key.at[slot], self.shared.key_ready.at[slot]
-                )
+            self._fetch_keys(j, slot)
             if with_values:
                 self._fetch(self.given.values, j, slot, self.shared.value, self.shared.value_ready)
 
         return stream(count, self.stages, tile, begin, step, carry)
+
+    def _fetch_keys(self, j, slot) -> None:
+        self._fetch(self.given.keys, j, slot, self.shared.key, self.shared.key_ready)
+        if self.plan.by_key:
+            numbers = self.given.by_keys.at[self.batch, j]
+            plgpu.copy_gmem_to_smem(
+                numbers, self.shared.by_key.at[slot], self.shared.key_ready.at[slot]
+            )
 
     def _fetch(self, source, j, slot, into, ready) -> None:
         into, ready = into.at[slot], ready.at[slot]
@@ -266,6 +299,31 @@ class _Program:
         by_key = self.shared.by_key.at[slot] if self.plan.by_key else None
         seen = Seen(self.plan, self.block, j, self.shared.limit, by_key)
         return seen.masked(y * across(self.steep))
+
+    def _dropped(self, x, j):
+        return dropped(self.plan, x, getattr(self.shared, "drawn", None), self.word, j)
+
+
+class _Program(Program):
+    """One warpgroup, which forms the scores of a tile anew whenever it needs them."""
+
+    def run(self) -> None:
+        self._load()
+        best, seen, passes = filled(-1.0), integer(0), integer(0)
+        if self.plan.rule is Adaptive:
+            cut, count = self._bound()
+            cut, count, seen, passes = self._refine(cut, count)
+            tile = self._listed
+        elif self.plan.rule is Anchored:
+            cut, best, count = self._greatest()
+            tile = self._listed
+        else:
+            cut = plgpu.load(self.shared.row.at[1], layout=ROWS)
+            count, tile = self.stop - self.first, self._nearest
+        first = 0 if self.plan.rule is Fixed else self.stop - self.first
+        for i, work in enumerate((first, seen, count, passes)):
+            self.shared.work[i] = integer(work)
+        self._average(cut, best, count, tile)
 
     def _bound(self):
         """Bounds the thresholds from below, and lists the tiles that reach above."""
@@ -317,48 +375,27 @@ class _Program:
         return self._stream(self.stop - self.first, self._nearest, step, start)
 
     def _refine(self, cut, count):
-        """Moves the bounds until they are found, over fewer and fewer tiles.
+        """Moves the bounds until they are found, over fewer and fewer tiles."""
+        exponents = powers(self.plan.order)
 
-        Sums are formed at `cut`, the best guess, which may be beyond the threshold by a little;
-        tiles are dropped when they are below `floor`, which is not.
-        """
-        order = self.plan.order
-        cubic = order >= 2
-        enough = (_HALF_STEP, _FULL_STEP)[self.plan.parts > 1][cubic]
-        powers = [order, order - 1, order - 2][: 2 + cubic]
-
-        def sums(cut, floor, count):
+        def sums(cut, floor, count, seen):
             def step(j, slot, carry):
                 y = self._scores(j, slot)
 
                 def add(kept, *sums):
                     self.shared.list[kept] = j
                     x = jnp.maximum(y - across(cut), 0)
-                    new = (jnp.sum(power(x, m), axis=1) for m in powers)
+                    new = (jnp.sum(power(x, m), axis=1) for m in exponents)
                     return kept + 1, *(a + b for a, b in zip(sums, new, strict=True))
 
                 live = some_above(jnp.max(y, axis=1) - floor)
                 return lax.cond(live, add, lambda *carry: carry, *carry)
 
-            start = integer(0), *(filled(0.0) for _ in powers)
-            return self._stream(count, self._listed, step, start)
+            start = integer(0), *(filled(0.0) for _ in exponents)
+            kept, *found = self._stream(count, self._listed, step, start)
+            return kept, seen + count, *found
 
-        def advance(carry):
-            passes, cut, floor, count, seen, _ = carry
-            seen = seen + count
-            count, *found = sums(cut, floor, count)
-            newton, best = _steps(order, *found)
-            floor = jnp.maximum(floor, cut + newton)
-            # Steps that do not move the guess are none, nor are those of rows with NaN.
-            new = cut + best
-            size = jnp.where((new != cut) & (new == new), jnp.abs(best), 0.0)
-            return passes + 1, new, floor, count, seen, jnp.max(size)
-
-        def unfinished(carry):
-            return (carry[0] < _MOST_PASSES) & (carry[5] > enough)
-
-        carry = integer(0), cut, cut, count, integer(0), jnp.float32(1)
-        passes, cut, _, count, seen, _ = lax.while_loop(unfinished, advance, carry)
+        passes, cut, count, seen = search(self.plan, cut, sums, jnp.max, (count, integer(0)))
         return cut, count, seen, passes
 
     def _average(self, cut, best, count, tile) -> None:
@@ -394,9 +431,6 @@ class _Program:
         carry = nothing, nothing, filled(0.0), filled(0.0), filled(0.0), filled(0.0)
         out, lower, total, slope, support, seen = self._stream(count, tile, step, carry, True)
         self._store(out, lower, cut, total, slope, seen if counts else best, support)
-
-    def _dropped(self, x, j):
-        return dropped(self.plan, x, getattr(self.shared, "drawn", None), self.word, j)
 
     def _note(self, j) -> None:
         word, bit = lax.div(j, integer(WORD)), lax.rem(j, integer(WORD))

@@ -52,11 +52,15 @@ def compiler_params(plan: Plan):
     )
 
 
-def staging(plan: Plan) -> dict[str, Any]:
-    """Shared memory for a tile of numbers on its way into a product, where it is needed."""
+def staging(plan: Plan, groups: int = 1) -> dict[str, Any]:
+    """Shared memory for a tile of numbers on its way into a product, where it is needed.
+
+    Of several warpgroups each has its own.
+    """
     if plan.in_registers:
         return {}
-    return {"staged": plgpu.SMEM((TILE, TILE), plan.dtype, transforms=SWIZZLED)}
+    shape = (TILE, TILE) if groups == 1 else (groups, TILE, TILE)
+    return {"staged": plgpu.SMEM(shape, plan.dtype, transforms=SWIZZLED)}
 
 
 def staged(shared: SimpleNamespace) -> Any:
