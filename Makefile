@@ -66,9 +66,9 @@ bench:
 nightly:
 	@$(BOOTSTRAP) user aot
 	@(XLA_FLAGS= KREG_CASES=2000 $(PY) -m pytest tests/test_contract.py -v $(ARGS) && \
-		XLA_FLAGS= $(PY) -m pytest -m slow --ignore tests/test_mosaic_gpu.py \
+		XLA_FLAGS= $(PY) -m pytest -m slow --ignore tests/test_mosaic_gpu.py --ignore tests/test_mosaic_gpu_short.py \
 			--ignore tests/test_aot_gpu.py $(PYTEST_ARGS) $(ARGS) && \
-		$(PY) -m pytest tests/test_mosaic_gpu.py -v $(PYTEST_ARGS) $(ARGS) && \
+		$(PY) -m pytest tests/test_mosaic_gpu.py tests/test_mosaic_gpu_short.py -v $(PYTEST_ARGS) $(ARGS) && \
 		KREG_AOT=1 .venv-aot/bin/python -m pytest tests/test_aot_gpu.py -v $(PYTEST_ARGS) $(ARGS)) \
 		> tests/nightly.log; \
 		status=$$?; git rev-parse HEAD >> tests/nightly.log; tail -n 4 tests/nightly.log; exit $$status
