@@ -61,7 +61,13 @@ HEAVY = [
     "tyro",
     "kreg.nn",
 ]
-OPTIONAL = ["beartype", "grain", "matplotlib", "tyro"]  # absent where only jax and Flax are
+OPTIONAL = [
+    "beartype",
+    "grain",
+    "matplotlib",
+    "tiktoken",
+    "tyro",
+]  # absent where only jax and Flax are
 
 # What a layer may import at the top of a file, and what only within a function; jax brings numpy.
 LAYERS = {
@@ -74,7 +80,7 @@ LAYERS = {
     "experiments": (
         {"jax", "jaxtyping", "numpy", "flax", "optax", "kreg", "kreg.nn", "kreg.training"}
         | {"experiments"},
-        {"grain", "matplotlib", "tyro", "pallas_kernels"},
+        {"grain", "matplotlib", "multivolumefile", "py7zr", "tiktoken", "tyro", "pallas_kernels"},
     ),
     "pallas_kernels": ({"jax", "jaxtyping", "numpy", "kreg", "pallas_kernels"}, set()),
 }

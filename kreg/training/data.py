@@ -102,9 +102,9 @@ class _Epochs:
 
         # The last two epochs: prefetching runs a little ahead across the boundary.
         @lru_cache(maxsize=2)
-        def order(epoch: int) -> np.ndarray:
+        def order(epoch: int) -> np.ndarray | range:
             if not shuffle:
-                return np.arange(rows)
+                return range(rows)
             return np.random.default_rng((seed, epoch)).permutation(rows)
 
         self._order = order
