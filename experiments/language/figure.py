@@ -1,5 +1,6 @@
 """The figure of an experiment, from its folder alone: loss by position, and along the training."""
 
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def _positions(axes: Any, groups: dict[str, list[Run]]) -> None:
     for row, (name, runs) in enumerate(groups.items()):
         edges = runs[0].result["edges"]
         # The middle of a bin's positions, its last one included: that of 0 alone is 0.
-        middles = [(a + b - 1) / 2 for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        middles = [(a + b - 1) / 2 for a, b in itertools.pairwise(edges)]
         losses = [
             statistics.fmean(values)
             for values in zip(*(run.result["by_position"] for run in runs), strict=True)
