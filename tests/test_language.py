@@ -115,7 +115,7 @@ def test_mistakes_are_named_before_anything_is_written(words, named, tmp_path, c
 def test_text_that_does_not_suffice_is_a_mistake_not_a_crash(words, tmp_path, capsys):
     file = tmp_path / "one.txt"
     file.write_text("a<|endoftext|>b" if "500" in words else "nothing but one document")
-    assert main(command(tmp_path / "out", file, *words, "--no-text.whole-only")) == 2
+    assert main(command(tmp_path / "out", file, *words, "--text.tail", "keep")) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: --")
 
 
@@ -248,6 +248,7 @@ def test_the_optimizer_decays_by_what_the_options_say():
     assert not np.any(updates["norm"]["scale"])
 
 
+@pytest.mark.slow
 def test_narrow_matrices_give_nearly_the_same_loss(documents, tmp_path):
     config = parse(command(tmp_path / "out", documents))
     data = task.TASK.load(config)
@@ -356,6 +357,7 @@ def test_table_and_figure_come_from_the_folder(finished, documents, capsys):
     assert "All 26 tokens (2 documents)" in table and "layer 2" in table
 
 
+@pytest.mark.slow
 def test_packed_documents_and_a_transformer_train(documents, tmp_path):
     words = ["--text.windows", "packed", "--model", "transformer", "--training.accumulate", "2"]
     assert main(command(tmp_path, documents, *words, methods=("biweight",))) == 0

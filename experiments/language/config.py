@@ -28,9 +28,9 @@ class Text:
     """Stories of the grammar to validate on."""
     held_out: float = 0.05
     """Share of the documents of a file or folder that is validated on: the last ones."""
-    whole_only: bool = True
-    """Leave out what follows the last <|endoftext|> of a file, which may be cut off; a file
-    without one is a document."""
+    tail: Literal["drop", "keep"] = "drop"
+    """What becomes of that which follows the last <|endoftext|> of a file, where a file may have
+    been cut off. A file without one is a document."""
     ngrams: tuple[int, ...] = (3,)
     """Orders of the Kneser-Ney baselines; none for none."""
 
@@ -150,7 +150,7 @@ class Config:
             self.data,
             stories=(text.stories, text.validation_stories),
             held_out=text.held_out,
-            whole_only=text.whole_only,
+            whole_only=text.tail == "drop",
         )
 
     def experiment(self) -> dict[str, Any]:
