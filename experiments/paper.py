@@ -33,6 +33,7 @@ class Entry:
         seeds: by preset.
         folders: by preset, the options of each folder of runs; one folder without options where
             nothing is said.
+        fewer: the methods of presets that do not have all.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Entry:
     methods: tuple[str, ...] = METHODS
     seeds: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: SEEDS)
     folders: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    fewer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def module(self) -> str:
@@ -65,7 +67,7 @@ class Entry:
         said = {word.split("=")[0] for word in more}
         words = ["--preset", preset]
         if "--methods" not in said:
-            words += ["--methods", *self.methods]
+            words += ["--methods", *self.fewer.get(preset, self.methods)]
         if "--seeds" not in said:
             words += ["--seeds", *map(str, self.seeds[preset])]
         folders = self.folders.get(preset, ((),))
@@ -77,7 +79,12 @@ class Entry:
 EXPERIMENTS = {
     "icl": Entry("In-context learning of automata", "in_context", folders={"paper": LADDER}),
     "length": Entry("Length generalisation", "length"),
-    "lm": Entry("Language modelling", "language"),
+    "lm": Entry(
+        "Language modelling",
+        "language",
+        seeds=SEEDS | {"small": (0, 1)},
+        fewer=dict.fromkeys(("smoke", "small"), ("softmax", "biweight", "relumax")),
+    ),
     "moons": Entry("Regression on two moons", "moons"),
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.runs.command_line import parse
 from experiments.runs.cost import Cost
-from experiments.runs.experiment import Config, Experiment
+from experiments.runs.experiment import Config, DataError, Experiment
 from experiments.runs.json_files import write_json, write_text
 from experiments.runs.results import COST, read_experiment
 
@@ -45,7 +45,7 @@ def _reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
     try:
         complete = sweep(experiment, config, say)
     # Other errors in here are ours, and deserve their traceback.
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, DataError, OSError) as error:
         return explain(error)
     write_table(experiment, config.folder)
     write_cost(experiment, config.folder)

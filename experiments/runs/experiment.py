@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from experiments.runs.task import Task
 
 
+class DataError(ValueError):
+    """Say that the data that a command names cannot be used, which only reading them shows."""
+
+
 class Training(Protocol):
     """What a run's loop has to know of the training; a config's `training` has more fields."""
 

@@ -4,7 +4,7 @@ Axes: B batch, T time, C width of the stream, N heads, H head width, S pairs, W 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from kreg.nn.compat import Method, dense_norm_relu, inverse_bandwidth, variant
 from kreg.nn.config import MosaicConfig
 from kreg.nn.features import KeyFeatures, ValueFeatures, normal
 from kreg.nn.leaky import LeakyState, per_head
+from kreg.stats import Stats
 
 
 def dropout(x: Float[Array, "*S"], rate: float, key: Array | None) -> Float[Array, "*S"]:
@@ -118,19 +119,39 @@ class ContextualMemory(nnx.Module):
             beta = inverse_bandwidth(self.kernel_beta[...])
             options = {"dropout_rate": rate, "dropout_key": dropout_key}
             return dense_norm_relu(key, value, beta, visible, **options)
+        return self._attend(
+            key,
+            value,
+            documents,
+            dropout_rate=rate if dropout_key is not None else 0.0,
+            dropout_key=dropout_key,
+        )
+
+    def stats(self, x: Float[Array, "B T C"], documents: Int[Array, "B T"] | None = None) -> Stats:
+        """Say of every position and head, each [B, T, N], how many pairs answer it, and the like.
+
+        Raises:
+            NotImplementedError: norm_relu with compat "dense", which answers from future tokens.
+        """
+        if self._method(x).ahead:
+            raise NotImplementedError("stats: the dense file's norm_relu has no threshold")
+        key, value = self.keys(x, documents), self.values(x, documents)
+        return self._attend(key, value, documents, return_stats=True)[1]
+
+    def _attend(self, key: Array, value: Array, documents: Array | None, **options: Any) -> Any:
+        method = self._method(key)
         return kreg.attention(
             key,
             key,
             value,
-            kernel=config.kernel,
+            kernel=self.config.kernel,
             bandwidth=method.rule,
             scale=1.0,
             is_causal=True,
             causal_offset=-method.delay,
             segment_ids=documents,
-            dropout_rate=rate if dropout_key is not None else 0.0,
-            dropout_key=dropout_key,
-            implementation=config.implementation,
+            implementation=self.config.implementation,
+            **options,
         )
 
     def start(self, batch: int, length: int, dtype: jnp.dtype) -> ContextCache:

@@ -3,7 +3,7 @@
 Axes: B batch, T time, C width of the stream, N heads, H head width, S cached positions.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from kreg.bandwidth import Rule
 from kreg.nn.config import TransformerConfig
 from kreg.nn.features import document_index, unit
 from kreg.nn.memory import dropout, split_key
+from kreg.stats import Stats
 
 _SPREAD = 0.02
 
@@ -108,9 +109,24 @@ class SelfAttention(nnx.Module):
         """Answer every position from its own document."""
         config = self.config
         for_weights, for_output = split_key(dropout_key)
+        answer = self._attend(
+            x,
+            where,
+            dropout_rate=config.attention_dropout if for_weights is not None else 0.0,
+            dropout_key=for_weights,
+        )
+        y = self.out(answer.reshape(x.shape))
+        return dropout(y, config.hidden_dropout, for_output)
+
+    def stats(self, x: Float[Array, "B T C"], where: Places) -> Stats:
+        """Say of every position and head, each [B, T, N], how many keys answer it, and the like."""
+        return self._attend(x, where, return_stats=True)[1]
+
+    def _attend(self, x: Array, where: Places, **options: Any) -> Any:
+        config = self.config
         query, key, value = self._project(x)
         query, rule = self._sharpened(query, where.position)
-        answer = kreg.attention(
+        return kreg.attention(
             query,
             key,
             value,
@@ -121,12 +137,9 @@ class SelfAttention(nnx.Module):
             is_causal=True,
             segment_ids=where.documents,
             key_value_seq_lengths=where.lengths,
-            dropout_rate=config.attention_dropout if for_weights is not None else 0.0,
-            dropout_key=for_weights,
             implementation=config.implementation,
+            **options,
         )
-        y = self.out(answer.reshape(x.shape))
-        return dropout(y, config.hidden_dropout, for_output)
 
     def start(self, batch: int, length: int, dtype: jnp.dtype) -> AttentionCache:
         """An empty cache for up to `length` positions."""

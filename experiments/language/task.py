@@ -1,0 +1,236 @@
+"""Language models: the model of a method, its windows and its judges."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PyTree
+
+from experiments import text
+from experiments.language import corpus
+from experiments.language.config import Config, Sizes, Training
+from experiments.language.models import make_model, supports
+from experiments.language.objective import (
+    by_position,
+    edges,
+    held_out,
+    make_loss,
+    make_measure,
+    pad_to,
+    summary,
+)
+from experiments.runs.experiment import DataError
+from experiments.runs.task import Program, Task
+from kreg.training import adamw, batches, decay_matrices
+from kreg.training.data import Batch, BatchIterator, Source
+from kreg.training.optimizer import names
+from kreg.training.schedules import warmup_cosine
+
+# Rows of the validation set whose support is counted.
+SUPPORT_ROWS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The tokens, and the rows of the validation set."""
+
+    corpus: text.Corpus
+    block: int
+    packed: bool
+    batch_size: int
+    ngrams: tuple[int, ...]
+
+    @property
+    def validation(self) -> text.Tokens:
+        return self.corpus.validation
+
+    @cached_property
+    def rows(self) -> Source:
+        """Rows in which every token of the validation set is a label once."""
+        if self.packed:
+            return text.PackedDocuments(self.validation, self.block)
+        return text.EvaluationWindows(self.validation, self.block)
+
+    @cached_property
+    def training_rows(self) -> text.PackedDocuments:
+        """The packed documents to learn from."""
+        return text.PackedDocuments(self.corpus.train, self.block)
+
+    def held_out(self) -> Iterator[Batch]:
+        return held_out(self.rows, self.batch_size, self.validation.end)
+
+    def judged(self, nats: float, tokens: int) -> dict[str, Any]:
+        return summary(nats, tokens, self.validation.text_bytes)
+
+
+def _load(config: Config) -> Data:
+    found = corpus.tokens(config.tokens, config.dataset(), config.text.tokenizer)
+    block, packed = config.text.block, config.text.windows == "packed"
+    if not packed and len(found.train) <= block:
+        raise DataError(
+            f"--text.block: expected less than the {len(found.train):,} tokens of the training "
+            f"set, got {block}"
+        )
+    return Data(found, block, packed, config.training.batch_size, config.text.ngrams)
+
+
+def _describe(config: Config, data: Data) -> tuple[dict[str, Any], str]:
+    parts = {"train": data.corpus.train, "validation": data.validation}
+    facts = {
+        name: {"documents": p.documents, "tokens": len(p), "text_bytes": p.text_bytes}
+        for name, p in parts.items()
+    } | {"vocab_size": data.validation.vocab_size}
+    told = (f"{len(p):,} tokens of {p.documents:,} documents" for p in parts.values())
+    return facts, " to learn from, ".join(told) + " to validate on"
+
+
+def _baselines(data: Data) -> dict[str, dict[str, Any]]:
+    """Score the n-grams on the same tokens, with the documents apart where a model has them so."""
+    found = {}
+    for order in data.ngrams:
+        model = text.KneserNey.fit(data.corpus.train, order=order, across_documents=not data.packed)
+        score = model.score(data.validation)
+        found[f"Kneser-Ney {order}-gram"] = data.judged(score.nats, score.tokens)
+    return found
+
+
+def _build(config: Config, name: str) -> Program:
+    vocab_size = text.TOKENIZERS[config.text.tokenizer].vocab_size
+    # The learning rate is the optimizer's argument, the evaluations are the loop's.
+    training = (config.training, config.text.block, vocab_size)
+    return _program(config.model, name, config.sizes, config.compat, *training)
+
+
+@functools.cache
+def _program(
+    kind: str,
+    name: str,
+    sizes: Sizes,
+    compat: str | None,
+    training: Training,
+    block: int,
+    vocab_size: int,
+) -> Program:
+    def model(seed: int):
+        options = {"vocab_size": vocab_size, "block": block, "compat": compat, "seed": seed}
+        return make_model(kind, name, sizes, **options)
+
+    graph, _ = nnx.split(nnx.eval_shape(lambda: model(0)), nnx.Param)
+    narrow = functools.partial(_cast, dtype=jnp.dtype(training.dtype))
+
+    def apply(params, tokens, segment_ids, key):
+        built = nnx.merge(graph, narrow(params))
+        return built(tokens, segment_ids=segment_ids, dropout_key=key)
+
+    measure = make_measure(apply)
+
+    @jax.jit
+    def count(params, batch: Batch) -> Float[Array, "L N"]:
+        built = nnx.merge(graph, narrow(params))
+        return supports(built, batch["tokens"], batch.get("segment_ids"))
+
+    def init(seed: int) -> PyTree[Array]:
+        return nnx.to_pure_dict(nnx.state(model(seed), nnx.Param))
+
+    def optimizer(rate):
+        schedule = warmup_cosine(
+            rate,
+            warmup_steps=training.warmup,
+            decay_steps=training.steps,
+            floor=training.floor,
+        )
+        return adamw(
+            schedule,
+            betas=(0.9, training.beta2),
+            weight_decay=training.weight_decay,
+            decays=decay_matrices(),
+            clip=training.clip,
+            accumulate=training.accumulate,
+        )
+
+    def validate(params: PyTree[Array], data: Data) -> dict[str, float]:
+        found = by_position(measure, params, data.held_out())
+        judged = data.judged(float(found.sums.sum()), int(found.counts.sum()))
+        return {name: judged[name] for name in ("loss", "bits_per_byte")}
+
+    def test(params: PyTree[Array], data: Data) -> dict[str, Any]:
+        found = by_position(measure, params, data.held_out())
+        # A short validation set does not reach far.
+        reached = int(np.flatnonzero(found.counts).max()) + 1
+        bins = edges(reached)
+        return data.judged(float(found.sums.sum()), int(found.counts.sum())) | {
+            "edges": bins,
+            "by_position": found.binned(bins).tolist(),
+            "support": _support(count, params, data),
+        }
+
+    return Program(init, make_loss(apply), optimizer, validate, test)
+
+
+def _cast(params: PyTree[Array], dtype: jnp.dtype) -> PyTree[Array]:
+    """Narrow the matrices, which is what decays."""
+    if dtype == jnp.float32:
+        return params
+    matrix = decay_matrices()
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if matrix(names(path), leaf) else leaf, params
+    )
+
+
+def _support(count: Any, params: PyTree[Array], data: Data) -> list[list[float]]:
+    """Average the support over the first rows; [] where a method has none."""
+    size = min(SUPPORT_ROWS, len(data.rows), data.batch_size)
+    rows = [data.rows[index] for index in range(min(SUPPORT_ROWS, len(data.rows)))]
+    whole = len(rows) // size * size
+    try:
+        found = [
+            np.asarray(count(params, pad_to(size, data.validation.end)(rows[start : start + size])))
+            for start in range(0, whole, size)
+        ]
+    except NotImplementedError:
+        return []
+    return np.mean(found, axis=0).round(3).tolist()
+
+
+def _batches(config: Config, data: Data, seed: int) -> BatchIterator:
+    size = config.training.batch_size
+    if data.packed:
+        collate = pad_to(size, data.validation.end)
+        return batches(data.training_rows, size, seed=seed, collate=collate)
+    rows = text.RandomWindows(data.corpus.train, data.block, rows=config.steps * size, seed=seed)
+    return batches(rows, size, seed=seed, shuffle=False)
+
+
+def _tokens_per_batch(config: Config, data: Data) -> int:
+    positions = config.training.batch_size * data.block
+    if not data.packed:
+        return positions
+    rows = len(data.training_rows)
+    return round(len(data.corpus.train) / -(-rows // config.training.batch_size))
+
+
+def _operations(config: Config, data: Data, parameters: int) -> float:
+    """2 P operations a position forward, 2 C T for the causal half of a layer's scores and sums.
+
+    Backward takes twice as much.
+    """
+    positions = config.training.batch_size * data.block
+    scores = config.sizes.layers * config.sizes.width * data.block
+    return 3 * positions * (2.0 * parameters + 2.0 * scores)
+
+
+TASK = Task(
+    load=_load,
+    describe=_describe,
+    baselines=_baselines,
+    build=_build,
+    batches=_batches,
+    tokens_per_batch=_tokens_per_batch,
+    operations=_operations,
+)
