@@ -78,7 +78,7 @@ EXPERIMENTS = {
     "icl": Entry("In-context learning of automata", "in_context", folders={"paper": LADDER}),
     "length": Entry("Length generalisation", "length"),
     "lm": Entry("Language modelling", "language"),
-    "moons": Entry("Regression on two moons", "moons"),
+    "moons": Entry("Three Moons", "moons"),
 }
 
 
