@@ -85,7 +85,7 @@ EXPERIMENTS = {
         seeds=SEEDS | {"small": (0, 1)},
         fewer=dict.fromkeys(("smoke", "small"), ("softmax", "biweight", "relumax")),
     ),
-    "moons": Entry("Regression on two moons", "moons"),
+    "moons": Entry("Three Moons", "moons"),
 }
 
 

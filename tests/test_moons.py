@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 
 from experiments.moons import orbits
-from experiments.moons.__main__ import main
+from experiments.moons.experiment import EXPERIMENT
+from experiments.moons.findings import findings, matched
 from experiments.moons.model import Map, MoonsConfig, MoonsModel, rotations
-from experiments.moons.run import PRESETS, Config, clipped_error, findings, make_model, matched
+from experiments.moons.task import MODELS, clipped_error, make_model
+from experiments.runs.command import command
 
 
 def test_systems_repeat_after_their_common_period():
@@ -57,22 +59,26 @@ def test_rotations_are_complex_numbers():
 
 def test_the_findings_name_heads_and_moons():
     """A model made by hand: head n reads and predicts moon (n + 1) mod 3."""
-    config = Config(length=100, windows=4)
-    model = make_model(config, (3, 2))
+    windows = jnp.asarray(orbits.held_out(100, 4, 0))
+    model = make_model("biweight", (3, 2), 0)
     wanted = np.roll(np.eye(3), 1, axis=1)
     blocks = jnp.asarray(np.kron(wanted, np.eye(2)), jnp.float32)
     for part, matrix in ((model.keys, blocks), (model.values, blocks), (model.out, blocks.T)):
         assert isinstance(part, Map)
         part.weight[...] = matrix
-    found = findings(config, model)
-    np.testing.assert_allclose(found["outputs"], wanted)
-    np.testing.assert_allclose(found["keys"], wanted)
+    found = findings(model, windows)
+    # The heads are told in the order of their moons.
+    np.testing.assert_allclose(found["outputs"], np.eye(3))
+    np.testing.assert_allclose(found["keys"], np.eye(3))
     assert found["disentanglement"] == 1
     # Three heads need not wait until the whole system has come round.
     assert found["error_after_moons"] < 0.2 * found["error"][1]
-    one = findings(config, make_model(config, (1, 6)))
+    one = findings(make_model("softmax", (1, 6), 0), windows)
     assert one["disentanglement"] is None and np.shape(one["outputs"]) == (1, 3)
-    assert matched(np.full((3, 3), 1 / 3)) == pytest.approx(1 / 3)
+    assert matched(wanted) == [2, 0, 1]
+    # Softmax gives weight to all the points that a query sees, biweight to some.
+    assert one["support"] == pytest.approx(np.arange(100).mean())
+    assert 1 < found["support"] < one["support"] / 2
 
 
 def test_errors_are_clipped():
@@ -81,31 +87,54 @@ def test_errors_are_clipped():
     assert float(clipped_error(jnp.full((1, 2, 2), 0.1), points)) == pytest.approx(0.01)
 
 
-def test_the_command_trains_resumes_and_draws(tmp_path, monkeypatch, capsys):
+TINY = [
+    *("--data.length", "40", "--data.windows", "4"),
+    *("--training.steps", "20", "--training.batch-size", "4", "--training.evaluations", "2"),
+]
+
+
+def test_the_command_trains_resumes_and_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    tiny = Config(length=40, batch_size=4, steps=20, windows=4)
-    monkeypatch.setitem(PRESETS, "smoke", tiny)
-    words = ["--method", "biweight", "--out", str(tmp_path)]
-    assert main([*words, "--time-limit", "1e-9"]) == 3
+    words = [*TINY, "--methods", "biweight", "--seeds", "0", "1", "--out", str(tmp_path)]
+    assert command(EXPERIMENT, [*words, "--time-limit", "1e-9"]) == 3
     assert "goes on from there" in capsys.readouterr().err
-    assert main(words) == 0
-    found = json.loads((tmp_path / "moons.json").read_text())
-    assert (tmp_path / "moons.png").stat().st_size > 10_000
-    assert found["models"].keys() == {"one head", "three heads"}
-    assert len(found["models"]["one head"]["error"]) == tiny.length
-    assert np.shape(found["models"]["three heads"]["keys"]) == (3, 3)
-    before = findings(tiny, make_model(tiny, (1, 6)))["val_loss"]
-    assert found["models"]["one head"]["val_loss"] < before
-    # Nothing is left to do, and another method must not write here.
-    assert main(words) == 0
-    assert json.loads((tmp_path / "moons.json").read_text()) == found
-    capsys.readouterr()
-    assert main(["--out", str(tmp_path)]) == 2
-    assert "method" in capsys.readouterr().err
+    assert command(EXPERIMENT, words) == 0
+    text = capsys.readouterr().out
+    assert "## Three Moons: smoke" in text and "±" in text
+    assert sum(line.startswith("| biweight") for line in text.splitlines()) == len(MODELS)
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "biweight" / "seed1" / "result.json").read_text())
+    assert np.shape(found["three heads"]["keys"]) == (3, 3)
+    windows = jnp.asarray(orbits.held_out(40, 4, 0))
+    for name, heads in MODELS.items():
+        before = np.mean(findings(make_model("biweight", heads, 1), windows)["error"])
+        assert np.mean(found[name]["error"]) < before
+    # Another length must not write here.
+    assert command(EXPERIMENT, [*words, "--data.length", "41"]) == 2
+    assert "length" in capsys.readouterr().err
+
+
+def test_a_model_trains_as_it_would_alone():
+    """What the other model is changes none of its updates."""
+    program = EXPERIMENT.load_task().build(EXPERIMENT.presets["smoke"], "softmax")
+    batch = {"points": jnp.asarray(orbits.held_out(20, 2, 0))}
+    optimizer = program.optimizer(0.01)
+
+    @jax.jit
+    def update(params):
+        gradient = jax.grad(lambda p: program.loss(p, batch, jax.random.key(0))[0])(params)
+        return optimizer.update(gradient, optimizer.init(params), params)[0]
+
+    both = program.init(0)
+    changed = both | {"three heads": program.init(1)["three heads"]}
+    found, other = update(both), update(changed)
+    jax.tree.map(np.testing.assert_array_equal, found["one head"], other["one head"])
+    moved = jax.tree.leaves(found["three heads"]), jax.tree.leaves(other["three heads"])
+    assert all(np.any(a != b) for a, b in zip(*moved, strict=True))
 
 
 def test_bad_words(capsys):
-    assert main(["--method", "epanecnikov"]) == 2
+    assert command(EXPERIMENT, ["--methods", "epanecnikov"]) == 2
     assert "unknown name 'epanecnikov'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="head_dim: expected 6 where heads are summed, got 2"):
         MoonsConfig(3, 2, project=False)

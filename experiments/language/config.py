@@ -130,7 +130,7 @@ class Config:
         """The folder of the runs: `out`, or a name made of the preset and what departs from it."""
         if self.out is not None:
             return self.out
-        parts = [self.preset]
+        parts: list[str] = [self.preset]
         if self.data != PRESETS[self.preset].data:
             kind, path = corpus.parse(self.data)
             parts.append(path.stem if kind == "text" and path is not None else kind)

@@ -48,7 +48,7 @@ class Source:
         """
         kind, path = parse(name)
         try:
-            if kind == "stories":
+            if path is None:
                 dataset = text.stories(*stories)
             elif kind == "text":
                 dataset = text.plain_text(

@@ -133,7 +133,9 @@ def _program(
     @jax.jit
     def count(params, batch: Batch) -> Float[Array, "L N"]:
         built = nnx.merge(graph, narrow(params))
-        return supports(built, batch["tokens"], batch.get("segment_ids"))
+        documents = batch.get("segment_ids")
+        documents = None if documents is None else jnp.asarray(documents)
+        return supports(built, jnp.asarray(batch["tokens"]), documents)
 
     def init(seed: int) -> PyTree[Array]:
         return nnx.to_pure_dict(nnx.state(model(seed), nnx.Param))

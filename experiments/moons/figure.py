@@ -5,57 +5,59 @@ from typing import Any
 
 import numpy as np
 
+from experiments.runs.figures import methods_to_draw, new_figure, quiet, save
+from experiments.runs.results import Results, Run
+
 # Okabe and Ito's colours, told apart with every common colour blindness.
 COLOURS = {"one head": "#D55E00", "three heads": "#0072B2"}
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Draw what `findings` found into a PNG.
+def draw(found: Results, stem: Path) -> list[Path]:
+    """Draw a row a method, the mean over its seeds, and write `stem`.png and `stem`.pdf.
 
     Raises:
-        ValueError: matplotlib is missing.
+        ValueError: matplotlib is missing, or no run is finished.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("matplotlib: needed for the figure; pip install matplotlib") from error
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    errors, outputs, keys = figure.subplots(1, 3, width_ratios=(2, 1, 1))
-    _errors(errors, found)
-    three = found["models"]["three heads"]
-    _shares(outputs, three["outputs"], "share in the prediction of a moon")
-    _shares(keys, three["keys"], "share of a moon in a head's keys")
-    config = found["config"]
-    words = f"{config['method']}, {config['preset']}, seed {config['seed']}"
-    figure.suptitle(f"Three moons that were never trained on ({words})", fontsize=11)
-    figure.savefig(path, dpi=160, format="png")
+    groups = methods_to_draw(found)
+    figure = new_figure(11, 0.8 + 2.4 * len(groups))
+    rows = figure.subplots(len(groups), 3, squeeze=False, width_ratios=(2.4, 1, 1))
+    for (name, runs), (errors, outputs, keys) in zip(groups.items(), rows, strict=True):
+        _errors(errors, runs, found.benchmark)
+        errors.set_title(name, fontsize=10, loc="left")
+        _shares(outputs, _mean(runs, "three heads", "outputs"))
+        _shares(keys, _mean(runs, "three heads", "keys"))
+    first, last = rows[0], rows[-1]
+    first[0].legend(frameon=False, fontsize=9, loc="lower left")
+    first[1].set_title("share in the prediction of a moon", fontsize=10)
+    first[2].set_title("share of a moon in a head's keys", fontsize=10)
+    last[0].set_xlabel("points read (dotted: a moon's period, dashed: the common one)")
+    figure.suptitle(f"Three moons never trained on ({found.experiment['preset']})", fontsize=11)
+    return save(figure, stem)
 
 
-def _errors(axes: Any, found: dict[str, Any]) -> None:
+def _mean(runs: list[Run], model: str, key: str) -> np.ndarray:
+    return np.mean([run.result[model][key] for run in runs], axis=0)
+
+
+def _errors(axes: Any, runs: list[Run], facts: dict[str, Any]) -> None:
     """Draw the errors along a window, and where moons and system have come round once."""
-    for name, model in found["models"].items():
-        error = np.array(model["error"])
-        axes.plot(np.arange(1, len(error) + 1), error, label=name, color=COLOURS[name], lw=1.2)
-    for period in found["periods"]:
+    for model, colour in COLOURS.items():
+        error = _mean(runs, model, "error")
+        axes.plot(np.arange(1, len(error) + 1), error, label=model, color=colour, lw=1.2)
+    for period in facts["periods"]:
         axes.axvline(period, color="0.75", lw=0.9, ls=":")
-    axes.axvline(found["common_period"], color="0.4", lw=0.9, ls="--")
+    axes.axvline(facts["common_period"], color="0.4", lw=0.9, ls="--")
     axes.set_yscale("log")
-    axes.set_xlabel("points read (dotted: a moon's period, dashed: the common one)")
-    axes.set_ylabel("squared error of the next point")
-    axes.legend(frameon=False, fontsize=9)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.set_ylabel("squared error")
+    quiet(axes)
 
 
-def _shares(axes: Any, shares: list[list[float]], title: str) -> None:
+def _shares(axes: Any, shares: np.ndarray) -> None:
     """Draw a share a head (row) and moon (column), with its number."""
     axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     for head, row in enumerate(shares):
         for moon, share in enumerate(row):
             colour = "white" if share > 0.6 else "black"
             axes.text(moon, head, f"{share:.2f}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(shares[0])), [f"moon {m + 1}" for m in range(len(shares[0]))])
+    axes.set_xticks(range(shares.shape[1]), [f"moon {m + 1}" for m in range(shares.shape[1])])
     axes.set_yticks(range(len(shares)), [f"head {n + 1}" for n in range(len(shares))])
-    axes.set_title(title, fontsize=10)

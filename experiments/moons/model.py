@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 import kreg
 from kreg.nn.features import delay, unit
@@ -145,17 +145,22 @@ class MoonsModel(nnx.Module):
         self, key: Float[Array, "B T N H"], value: Float[Array, "B T N V"]
     ) -> Float[Array, "B T N V"]:
         """Estimate the values at the keys themselves, each from its past."""
+        return kreg.attention(key, key, value, **self._reading())
+
+    def support(self, x: Float[Array, "B T I"]) -> Int[Array, "B T N"]:
+        """Count the points with weight."""
+        key, value = self.pairs(x)
+        return kreg.attention(key, key, value, return_stats=True, **self._reading())[1].support
+
+    def _reading(self) -> dict[str, Any]:
         config = self.config
-        return kreg.attention(
-            key,
-            key,
-            value,
-            kernel=config.kernel,
-            bandwidth=config.bandwidth(1.0),
-            scale=config.score_scale,
-            is_causal=True,
-            causal_offset=-(config.value_shift + config.blind),
-        )
+        return {
+            "kernel": config.kernel,
+            "bandwidth": config.bandwidth(1.0),
+            "scale": config.score_scale,
+            "is_causal": True,
+            "causal_offset": -(config.value_shift + config.blind),
+        }
 
     def contributions(self, x: Float[Array, "B T I"]) -> Float[Array, "B T N I"]:
         """What each head adds to the prediction."""
