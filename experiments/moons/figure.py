@@ -28,8 +28,8 @@ def draw(found: Results, stem: Path) -> list[Path]:
         _shares(keys, _mean(runs, "three heads", "keys"))
     first, last = rows[0], rows[-1]
     first[0].legend(frameon=False, fontsize=9, loc="lower left")
-    first[1].set_title("share in the prediction of a moon", fontsize=10)
-    first[2].set_title("share of a moon in a head's keys", fontsize=10)
+    first[1].set_title("head's share in a moon", fontsize=10)
+    first[2].set_title("moon's share in keys", fontsize=10)
     last[0].set_xlabel("points read (dotted: a moon's period, dashed: the common one)")
     figure.suptitle(f"Three moons never trained on ({found.experiment['preset']})", fontsize=11)
     return save(figure, stem)
