@@ -130,10 +130,10 @@ class Config:
         """The folder of the runs: `out`, or a name made of the preset and what departs from it."""
         if self.out is not None:
             return self.out
-        parts = [self.preset]
+        parts: list[str] = [self.preset]
         if self.data != PRESETS[self.preset].data:
             kind, path = corpus.parse(self.data)
-            parts.append(path.stem if kind == "text" and path is not None else kind)
+            parts.append(path.stem if kind == "text" else kind)
         parts += ["transformer"] * (self.model == "transformer")
         parts += [self.compat] if self.compat else []
         return Path("runs/language") / "-".join(parts)

@@ -131,7 +131,7 @@ def _program(
     measure = make_measure(apply)
 
     @jax.jit
-    def count(params, batch: Batch) -> Float[Array, "L N"]:
+    def count(params, batch: dict[str, Array]) -> Float[Array, "L N"]:
         built = nnx.merge(graph, narrow(params))
         return supports(built, batch["tokens"], batch.get("segment_ids"))
 
