@@ -133,7 +133,7 @@ class Config:
         parts: list[str] = [self.preset]
         if self.data != PRESETS[self.preset].data:
             kind, path = corpus.parse(self.data)
-            parts.append(path.stem if kind == "text" and path is not None else kind)
+            parts.append(path.stem if kind == "text" else kind)
         parts += ["transformer"] * (self.model == "transformer")
         parts += [self.compat] if self.compat else []
         return Path("runs/language") / "-".join(parts)

@@ -14,14 +14,14 @@ DATA = Path("runs/data")
 OFFICIAL = {"tinystories": text.tinystories, "babistories": text.babistories}
 
 
-def parse(name: str) -> tuple[str, Path | None]:
-    """Split what --data says into a kind (stories, text, ...) and a path.
+def parse(name: str) -> tuple[str, Path]:
+    """Split what --data says into a kind (stories, text, ...) and a path, which stories lack.
 
-    >>> parse("stories"), parse("tinystories:stories/v1")[0], parse("a.txt")[0]
-    (('stories', None), 'tinystories', 'text')
+    >>> [(kind, path.as_posix()) for kind, path in map(parse, ("tinystories:stories/v1", "a.txt"))]
+    [('tinystories', 'stories/v1'), ('text', 'a.txt')]
     """
     if name == "stories":
-        return name, None
+        return name, Path()
     kind, _, path = name.partition(":")
     if kind in OFFICIAL:
         return kind, Path(path) if path else DATA / kind

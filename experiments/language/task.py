@@ -131,7 +131,7 @@ def _program(
     measure = make_measure(apply)
 
     @jax.jit
-    def count(params, batch: Batch) -> Float[Array, "L N"]:
+    def count(params, batch: dict[str, Array]) -> Float[Array, "L N"]:
         built = nnx.merge(graph, narrow(params))
         documents = batch.get("segment_ids")
         documents = None if documents is None else jnp.asarray(documents)
