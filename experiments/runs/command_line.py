@@ -18,10 +18,14 @@ def parse[C: Config](experiment: Experiment[C], arguments: Sequence[str]) -> C:
     """Return the preset that the arguments name, with the options that they override.
 
     Raises:
-        ValueError: no such preset.
+        ValueError: no such preset, or no such value of a leading option.
         SystemExit: --help, or an option that cannot be read; it has been explained.
     """
     default = experiment.presets[_preset(experiment, arguments)]
+    # Protocols do not say that configs are dataclasses.
+    plain: Any = default
+    leading = {name: _ahead(arguments, name, getattr(plain, name)) for name in experiment.leading}
+    default = experiment.complete(dataclasses.replace(plain, **leading))
     try:
         import tyro
     except ImportError:
@@ -32,13 +36,17 @@ def parse[C: Config](experiment: Experiment[C], arguments: Sequence[str]) -> C:
 
 
 def _preset(experiment: Experiment, arguments: Sequence[str]) -> str:
-    # Read ahead of the other options, because the preset decides their defaults.
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    reader.add_argument("--preset", default=next(iter(experiment.presets)), nargs="?")
-    name = reader.parse_known_args(arguments)[0].preset
+    name = _ahead(arguments, "preset", next(iter(experiment.presets)))
     if name not in experiment.presets:
         raise ValueError(f"--preset: expected one of {', '.join(experiment.presets)}, got {name!r}")
     return name
+
+
+def _ahead(arguments: Sequence[str], name: str, default: str) -> str:
+    """Read one option ahead of the others, because it decides their defaults."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    reader.add_argument(f"--{name}", default=default, nargs="?")
+    return vars(reader.parse_known_args(arguments)[0])[name]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -89,6 +89,8 @@ class Experiment[C: Config]:
         draw: write the figure as `stem`.png and `stem`.pdf; ValueError where it cannot be drawn.
         load_task: import what trains; see `task.py`.
         published: what others have published and the table leaves out: Markdown, with provenance.
+        leading: fields that decide the defaults of others, as the preset does.
+        complete: those defaults for a preset with its leading fields; ValueError for unknown ones.
     """
 
     name: str
@@ -99,6 +101,8 @@ class Experiment[C: Config]:
     draw: Callable[[Results, Path], list[Path]]
     load_task: Callable[[], "Task[C, Any]"]
     published: str = ""
+    leading: tuple[str, ...] = ()
+    complete: Callable[[C], C] = lambda config: config
 
     @property
     def program(self) -> str:

@@ -1,0 +1,1 @@
+"""Length generalisation: tasks learned on short sequences and tested on long ones."""
