@@ -184,7 +184,7 @@ SMALL = Config(
     text=Text(block=256, stories=20000, validation_stories=150, held_out=0.0708, ngrams=(3, 6)),
     sizes=Sizes(layers=3, heads=4, width=128, slots=320),
     training=Training(
-        steps=2000,
+        steps=1600,
         batch_size=8,
         accumulate=1,
         learning_rate=1e-2,
