@@ -48,7 +48,7 @@ class Source:
         """
         kind, path = parse(name)
         try:
-            if path is None:
+            if kind == "stories":
                 dataset = text.stories(*stories)
             elif kind == "text":
                 dataset = text.plain_text(

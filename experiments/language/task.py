@@ -133,9 +133,7 @@ def _program(
     @jax.jit
     def count(params, batch: dict[str, Array]) -> Float[Array, "L N"]:
         built = nnx.merge(graph, narrow(params))
-        documents = batch.get("segment_ids")
-        documents = None if documents is None else jnp.asarray(documents)
-        return supports(built, jnp.asarray(batch["tokens"]), documents)
+        return supports(built, batch["tokens"], batch.get("segment_ids"))
 
     def init(seed: int) -> PyTree[Array]:
         return nnx.to_pure_dict(nnx.state(model(seed), nnx.Param))
