@@ -8,6 +8,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 )
+# Warpgroups that are interpreted wait for each other, each in a thread of a pool that has one for
+# every core: on two cores they may wait for ever. XLA reads the size of the pool from here.
+os.environ["NPROC"] = "16"
 
 import jax
 import pytest
