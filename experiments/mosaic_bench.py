@@ -88,15 +88,13 @@ def contestants(options: argparse.Namespace, name: str) -> dict[str, Contestant]
 
 
 def make_model(options: argparse.Namespace, name: str) -> MemoryMosaic:
-    chosen = method(name)
     config = MosaicConfig(
         vocab_size=VOCABULARY,
         num_layers=options.layers,
         num_heads=options.heads,
         embed_dim=options.width,
         memory_size=options.slots,
-        kernel=chosen.kernel,
-        bandwidth=chosen.bandwidth,
+        **method(name)._asdict(),
     )
     return MemoryMosaic(config, rngs=nnx.Rngs(0))
 

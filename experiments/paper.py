@@ -100,7 +100,7 @@ EXPERIMENTS = {
         "Language modelling",
         "language",
         seeds=SEEDS | {"small": (0, 1)},
-        fewer=dict.fromkeys(("smoke", "small"), ("softmax", "biweight", "relumax")),
+        fewer={"smoke": FEW, "small": FEW},
     ),
     "moons": Entry("Three Moons", "moons"),
 }

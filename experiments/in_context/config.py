@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from experiments.methods import PAPER
 from experiments.regbench import AutomataConfig
-from experiments.runs.experiment import check_counts, check_runs
+from experiments.runs.experiment import check_counts, check_heads, check_runs
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,4 @@ def check(config: Config) -> None:
         "training": ("epochs", "batch_size", "evaluations"),
     }
     check_counts(config, counts)
-    if config.model.width % config.model.heads:
-        raise ValueError(
-            f"--model.width: expected a multiple of --model.heads {config.model.heads}, "
-            f"got {config.model.width}"
-        )
+    check_heads(config, "model")

@@ -21,7 +21,7 @@ from experiments.in_context.objective import (
 )
 from experiments.methods import method
 from experiments.regbench import VOCAB_SIZE, Benchmark, make_split, ngram
-from experiments.runs.task import Program, Task
+from experiments.runs.task import Program, Task, operations
 from kreg.nn import MemoryMosaic, MosaicConfig
 from kreg.training import adamw, batches
 from kreg.training.data import BatchIterator
@@ -48,15 +48,13 @@ class Data:
 
 def make_model(name: str, sizes: Model, compat: str | None, seed: int) -> MemoryMosaic:
     """Build the model of a method with its initial parameters."""
-    chosen = method(name)
     config = MosaicConfig(
         vocab_size=VOCAB_SIZE,
         num_layers=sizes.layers,
         num_heads=sizes.heads,
         embed_dim=sizes.width,
         memory_size=sizes.slots,
-        kernel=chosen.kernel,
-        bandwidth=chosen.bandwidth,
+        **method(name)._asdict(),
         attention_dropout=sizes.attention_dropout,
         hidden_dropout=sizes.hidden_dropout,
         compat=compat,
@@ -146,14 +144,14 @@ def _tokens_per_batch(config: Config, data: Data) -> int:
 
 
 def _operations(config: Config, data: Data, parameters: int) -> float:
-    """2 P operations a position forward, 2 C T for the causal half of a layer's scores and sums.
-
-    Backward takes twice as much; positions are those of a batch with its padding.
-    """
-    length = data.benchmark.train.input_ids.shape[1]
-    positions = config.training.batch_size * length
-    scores = config.model.layers * config.model.width * length
-    return 3 * positions * (2.0 * parameters + 2.0 * scores)
+    """Positions are those of a batch with its padding."""
+    return operations(
+        parameters,
+        layers=config.model.layers,
+        width=config.model.width,
+        batch=config.training.batch_size,
+        length=data.benchmark.train.input_ids.shape[1],
+    )
 
 
 TASK = Task(

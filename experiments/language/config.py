@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.language import corpus
-from experiments.runs.experiment import check_counts, check_runs
+from experiments.runs.experiment import check_counts, check_heads, check_runs, check_warmup
 
 METHODS = ("softmax", "biweight", "relumax")
 
@@ -213,16 +213,9 @@ def check(config: Config) -> None:
         "training": ("steps", "batch_size", "accumulate", "evaluations"),
     }
     check_counts(config, counts)
-    sizes, training = config.sizes, config.training
-    if sizes.width % sizes.heads:
-        raise ValueError(
-            f"--sizes.width: expected a multiple of --sizes.heads {sizes.heads}, got {sizes.width}"
-        )
-    if not 0 <= training.warmup < training.steps:
-        raise ValueError(
-            f"--training.warmup: expected 0 to below --training.steps {training.steps}, "
-            f"got {training.warmup}"
-        )
+    training = config.training
+    check_heads(config, "sizes")
+    check_warmup(config)
     for name, rate in (("floor", training.floor), ("weight-decay", training.weight_decay)):
         if not rate >= 0:
             raise ValueError(f"--training.{name}: expected 0 or more, got {rate}")

@@ -3,6 +3,8 @@
 Axes: B windows, T positions, L layers, N heads.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -34,13 +36,12 @@ def make_model(
     a learned bandwidth for each head.
     """
     chosen = method(name)
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": vocab_size,
         "num_layers": sizes.layers,
         "num_heads": sizes.heads,
         "embed_dim": sizes.width,
-        "kernel": chosen.kernel,
-        "bandwidth": chosen.bandwidth,
+        **chosen._asdict(),
         "attention_dropout": sizes.attention_dropout,
         "hidden_dropout": sizes.hidden_dropout,
         "remat": sizes.remat,

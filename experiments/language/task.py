@@ -26,11 +26,10 @@ from experiments.language.objective import (
     summary,
 )
 from experiments.runs.experiment import DataError
-from experiments.runs.task import Program, Task
-from kreg.training import adamw, batches, decay_matrices
+from experiments.runs.task import Program, Task, matrix_decay, operations
+from kreg.training import batches, decay_matrices
 from kreg.training.data import Batch, BatchIterator, Source
 from kreg.training.optimizer import names
-from kreg.training.schedules import warmup_cosine
 
 # Rows of the validation set whose support is counted.
 SUPPORT_ROWS = 64
@@ -139,20 +138,7 @@ def _program(
         return nnx.to_pure_dict(nnx.state(model(seed), nnx.Param))
 
     def optimizer(rate):
-        schedule = warmup_cosine(
-            rate,
-            warmup_steps=training.warmup,
-            decay_steps=training.steps,
-            floor=training.floor,
-        )
-        return adamw(
-            schedule,
-            betas=(0.9, training.beta2),
-            weight_decay=training.weight_decay,
-            decays=decay_matrices(),
-            clip=training.clip,
-            accumulate=training.accumulate,
-        )
+        return matrix_decay(training, rate, accumulate=training.accumulate)
 
     def validate(params: PyTree[Array], data: Data) -> dict[str, float]:
         found = by_position(measure, params, data.held_out())
@@ -216,13 +202,13 @@ def _tokens_per_batch(config: Config, data: Data) -> int:
 
 
 def _operations(config: Config, data: Data, parameters: int) -> float:
-    """2 P operations a position forward, 2 C T for the causal half of a layer's scores and sums.
-
-    Backward takes twice as much.
-    """
-    positions = config.training.batch_size * data.block
-    scores = config.sizes.layers * config.sizes.width * data.block
-    return 3 * positions * (2.0 * parameters + 2.0 * scores)
+    return operations(
+        parameters,
+        layers=config.sizes.layers,
+        width=config.sizes.width,
+        batch=config.training.batch_size,
+        length=data.block,
+    )
 
 
 TASK = Task(

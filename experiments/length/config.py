@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.runs.experiment import check_counts, check_runs
+from experiments.runs.experiment import check_counts, check_heads, check_runs, check_warmup
 
 type TaskName = Literal["mqmtar", "sort", "reverse", "copy", "flip_flop", "nback", "local_count"]
 
@@ -159,16 +159,9 @@ def check(config: Config) -> None:
         "testing": ("samples", "generated", "positions"),
     }
     check_counts(config, counts)
-    sizes, training, testing = config.sizes, config.training, config.testing
-    if sizes.width % sizes.heads:
-        raise ValueError(
-            f"--sizes.width: expected a multiple of --sizes.heads {sizes.heads}, got {sizes.width}"
-        )
-    if not 0 <= training.warmup < training.steps:
-        raise ValueError(
-            f"--training.warmup: expected 0 to below --training.steps {training.steps}, "
-            f"got {training.warmup}"
-        )
+    testing = config.testing
+    check_heads(config, "sizes")
+    check_warmup(config)
     multiples = testing.multiples
     whole = all((multiple * config.trained_length) % 1 == 0 for multiple in multiples)
     if not multiples or list(multiples) != sorted(set(multiples)) or multiples[0] <= 0 or not whole:

@@ -28,15 +28,14 @@ def make_model(config: Config, name: str, layout: Layout, seed: int) -> Model:
 
 
 def _mosaic(config: Config, name: str, vocab_size: int, seed: int) -> MemoryMosaic:
-    sizes, chosen = config.sizes, method(name)
+    sizes = config.sizes
     about = MosaicConfig(
         vocab_size=vocab_size,
         num_layers=sizes.layers,
         num_heads=sizes.heads,
         embed_dim=sizes.width,
         memory_size=sizes.hidden,
-        kernel=chosen.kernel,
-        bandwidth=chosen.bandwidth,
+        **method(name)._asdict(),
         attention_dropout=sizes.dropout,
         hidden_dropout=sizes.dropout,
         tie_weights=sizes.tied,
@@ -55,8 +54,7 @@ def _transformer(config: Config, name: str, vocab_size: int, seed: int) -> Trans
         embed_dim=sizes.width,
         hidden_dim=sizes.hidden,
         alibi_heads=0 if fixed else sizes.heads // 2,
-        kernel=chosen.kernel,
-        bandwidth=chosen.bandwidth,
+        **chosen._asdict(),
         cosine=fixed,
         # Keys at right angles are at the edge: wide enough for a gradient at the start.
         initial_bandwidth=math.sqrt(2) if fixed else 1.0,

@@ -14,10 +14,9 @@ from experiments.length.evaluate import generate_length, make_measure, measure_l
 from experiments.length.model import applier, initial, merger
 from experiments.length.tasks import task_of
 from experiments.length_tasks import IGNORED, asentmax_layout, device_batch
-from experiments.runs.task import Program, Task
-from kreg.training import adamw, decay_matrices, mean_token_cross_entropy
+from experiments.runs.task import Program, Task, matrix_decay, operations
+from kreg.training import mean_token_cross_entropy
 from kreg.training.data import BatchIterator
-from kreg.training.schedules import warmup_cosine
 
 
 def _build(config: Config, name: str) -> Program:
@@ -45,19 +44,7 @@ def _program(config: Config, name: str) -> Program:
         return mean_token_cross_entropy(logits, drawn.labels, ignore=IGNORED), {}
 
     def optimizer(rate):
-        schedule = warmup_cosine(
-            rate,
-            warmup_steps=training.warmup,
-            decay_steps=training.steps,
-            floor=training.floor,
-        )
-        return adamw(
-            schedule,
-            betas=(0.9, training.beta2),
-            weight_decay=training.weight_decay,
-            decays=decay_matrices(),
-            clip=training.clip,
-        )
+        return matrix_decay(training, rate)
 
     def validate(params: PyTree[Array], data: None) -> dict[str, float]:
         return measure_length(
@@ -117,14 +104,15 @@ def _tokens_per_batch(config: Config, data: None) -> int:
 
 
 def _operations(config: Config, data: None, parameters: int) -> float:
-    """2 P operations a position forward, 2 C T for the causal half of a layer's scores and sums.
-
-    Backward takes twice as much; positions are those of a batch with its padding.
-    """
+    """Positions are those of a batch with its padding."""
     task = task_of(config)
-    length = asentmax_layout(task).width(task)
-    scores = config.sizes.layers * config.sizes.width * length
-    return 3 * config.training.batch_size * length * (2.0 * parameters + 2.0 * scores)
+    return operations(
+        parameters,
+        layers=config.sizes.layers,
+        width=config.sizes.width,
+        batch=config.training.batch_size,
+        length=asentmax_layout(task).width(task),
+    )
 
 
 TASK = Task(

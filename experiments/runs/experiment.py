@@ -126,6 +126,26 @@ def check_runs(config: Config) -> None:
         raise ValueError(f"--time-limit: expected a positive number, got {config.time_limit}")
 
 
+def check_heads(config: Config, part: str) -> None:
+    """Raise ValueError where a part's `width` cannot be split into its `heads`."""
+    sizes = getattr(config, part)
+    if sizes.width % sizes.heads:
+        raise ValueError(
+            f"--{part}.width: expected a multiple of --{part}.heads {sizes.heads}, "
+            f"got {sizes.width}"
+        )
+
+
+def check_warmup(config: Config) -> None:
+    """Raise ValueError where `training` does not end after its warm-up."""
+    training: Any = config.training
+    if not 0 <= training.warmup < training.steps:
+        raise ValueError(
+            f"--training.warmup: expected 0 to below --training.steps {training.steps}, "
+            f"got {training.warmup}"
+        )
+
+
 def check_counts(config: Config, counts: Mapping[str, tuple[str, ...]]) -> None:
     """Raise ValueError where a count is below one; `counts` names fields by part of the config."""
     for part, names in counts.items():

@@ -9,8 +9,9 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from experiments.runs.experiment import Config
-from kreg.training import make_step, make_steps
+from kreg.training import adamw, decay_matrices, make_step, make_steps
 from kreg.training.data import BatchIterator
+from kreg.training.schedules import warmup_cosine
 from kreg.training.step import LossFn, StepFn
 from kreg.training.together import StepsFn
 
@@ -32,6 +33,37 @@ class Program:
     optimizer: Callable[[float | Float[Array, ""]], optax.GradientTransformation]
     validate: Callable[[PyTree[Array], Any], dict[str, float]]
     test: Callable[[PyTree[Array], Any], dict[str, Any]]
+
+
+def matrix_decay(
+    training: Any, rate: float | Float[Array, ""], *, accumulate: int = 1
+) -> optax.GradientTransformation:
+    """Make AdamW that decays matrices alone, with a linear warm-up to `rate` and then a cosine.
+
+    `training` has the fields steps, warmup, floor, beta2, weight_decay and clip.
+    """
+    schedule = warmup_cosine(
+        rate, warmup_steps=training.warmup, decay_steps=training.steps, floor=training.floor
+    )
+    return adamw(
+        schedule,
+        betas=(0.9, training.beta2),
+        weight_decay=training.weight_decay,
+        decays=decay_matrices(),
+        clip=training.clip,
+        accumulate=accumulate,
+    )
+
+
+def operations(parameters: int, *, layers: int, width: int, batch: int, length: int) -> float:
+    """Reckon the operations of an update: 2 P a position forward, and twice as much backward.
+
+    To these P come 2 C T for the causal half of a layer's scores and sums, C the width.
+
+    >>> operations(100, layers=1, width=10, batch=2, length=5)
+    9000.0
+    """
+    return 3 * batch * length * 2.0 * (parameters + layers * width * length)
 
 
 # Cached, so that the runs of a method are compiled once, not one by one.
