@@ -180,6 +180,8 @@ LONG = pytest.param(131072, marks=[pytest.mark.nightly, pytest.mark.slow])
 def test_memory_is_linear_but_for_a_bit_a_tile(length):
     width, heads = 64, 4
     program = attend(length, width, heads=heads, key_heads=heads)
-    bits = (length // 64) ** 2 / 8
-    # The bits are there twice, turned for keys: to 128k the second map is within the sixteenth.
-    assert program.temporary_bytes <= heads * ((3 + 1 / 16) * length * width + bits)
+    numbers, bits = length * width, (length // 64) ** 2 / 8
+    # The bits are there twice, turned for keys.
+    assert program.temporary_bytes <= heads * (3 * numbers + 2 * bits)
+    # To 128k the second map is within another sixteenth of a byte a number.
+    assert program.temporary_bytes <= heads * ((3 + 1 / 16) * numbers + bits)
