@@ -26,17 +26,16 @@ _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 _LEAST = {"t": 16, "s": 128}
 
 
-def _unwritten(name: str) -> Callable[[Problem], tuple[Array, Stats | None]]:
-    def attend(problem: Problem) -> tuple[Array, Stats | None]:
-        raise NotImplementedError(f"implementation={name!r}: no kernel takes these inputs yet")
-
-    return attend
-
-
 def _mosaic_gpu(problem: Problem) -> tuple[Array, Stats | None]:
     from pallas_kernels import mosaic_gpu
 
     return mosaic_gpu.attend(problem)
+
+
+def _mosaic_tpu(problem: Problem) -> tuple[Array, Stats | None]:
+    from pallas_kernels import mosaic_tpu
+
+    return mosaic_tpu.ATTENTION.attend(problem)
 
 
 def _in_blocks(problem: Problem) -> tuple[Array, Stats | None]:
@@ -51,7 +50,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Problem], tuple[Array, Stats | None]]] = {
     "reference": reference.attend,
     "xla": _in_blocks,
     "mosaic_gpu": _mosaic_gpu,
-    "mosaic_tpu": _unwritten("mosaic_tpu"),
+    "mosaic_tpu": _mosaic_tpu,
 }
 
 

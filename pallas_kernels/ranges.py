@@ -22,10 +22,11 @@ class Ranges(NamedTuple):
     bounds: Int[Array, "B I 4"]
     by_key: Int[Array, "B 3 S'"]
 
-    @property
-    def empty(self) -> Bool[Array, "B T'"]:
-        """Which queries see nothing by their own numbers."""
-        return self.high <= self.low
+
+def without_keys(mask: Mask, queries: int, keys: int) -> Bool[Array, "#B T"]:
+    """Which queries see nothing by their own numbers."""
+    low, high = _rows(mask, queries, keys, queries)
+    return high <= low
 
 
 def is_by_key(mask: Mask) -> bool:
@@ -47,7 +48,9 @@ def ranges(
     full = -(-jnp.max(firsts, axis=-1) // tile), jnp.min(lasts, axis=-1) // tile
     if is_by_key(mask):
         tiles = mask.tiles(queries, keys, block, tile)[:, 0]
-        (first, stop), full = (_run(tiles > 0, True), _run(tiles > 1, False))
+        # A last tile that is not filled is never seen whole: it has keys that are not there.
+        whole = (tiles > 1) & (jnp.arange(tiles.shape[-1]) < keys // tile)
+        (first, stop), full = (_run(tiles > 0, True), _run(whole, False))
     bounds = jnp.stack(jnp.broadcast_arrays(jnp.minimum(first, stop), stop, *full), axis=-1)
     segments, by_key = _of_keys(mask, batch, queries, blocks * block, columns)
     return Ranges(low, high, segments, _whole(bounds, batch).astype(jnp.int32), by_key)

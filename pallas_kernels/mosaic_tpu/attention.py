@@ -1,0 +1,99 @@
+"""Attention by these kernels: what they take, and how the work is cut."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from kreg.bandwidth import Adaptive, Anchored, Fixed
+from kreg.inputs import Inputs
+from kreg.problem import Problem
+from pallas_kernels.attention import Attention, Found, Pulled, Rows
+from pallas_kernels.mosaic_tpu.backward import backward
+from pallas_kernels.mosaic_tpu.forward import forward
+from pallas_kernels.mosaic_tpu.operands import Seen, pack, turned, turned_back
+from pallas_kernels.mosaic_tpu.plan import Plan, Sizes
+from pallas_kernels.ranges import is_by_key, ranges
+
+_WIDEST = 256
+_ROWS = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float32): 8}
+SIZES = Sizes(block=128, piece=128, pieces=2, scores=2**20)
+
+
+def declined(problem: Problem) -> str | None:
+    """Says why the kernels do not take a problem, None where they do."""
+    mask, order = problem.mask, problem.kernel.static_order
+    widths = problem.query.shape[-1], problem.value.shape[-1]
+    types = {jnp.dtype(x.dtype) for x in (problem.query, problem.key, problem.value)}
+    reasons = {
+        "an order that is an array": order is None,
+        "an order below 1, or the Gaussian": order is not None and not 1 <= order < math.inf,
+        f"{type(problem.rule).__name__}": type(problem.rule) not in (Adaptive, Anchored, Fixed),
+        "a bias": problem.bias is not None,
+        "a soft cap": problem.soft_cap is not None,
+        "a null score": problem.null is not None,
+        "a boolean mask": mask.array is not None,
+        "two sets of segments": len(mask.segments) > 1,
+        f"heads wider than {_WIDEST}": max(widths) > _WIDEST,
+        "types that differ, or are not bfloat16 or float32": len(types) > 1
+        or not types <= set(_ROWS),
+    }
+    found = [what for what, is_so in reasons.items() if is_so]
+    return f"no kernel for {found[0]}" if found else None
+
+
+def _plan(inputs: Inputs, rest: Problem) -> Plan:
+    (batch, queries, heads, width), dtype = inputs.query.shape, jnp.dtype(inputs.query.dtype)
+    keys, groups, value_width = inputs.value.shape[1:]
+    rows = _ROWS[dtype]
+    return Plan(
+        batch=batch,
+        queries=queries,
+        keys=keys,
+        heads=heads,
+        key_heads=groups,
+        width=-(-width // rows) * rows,
+        value_width=-(-value_width // rows) * rows,
+        order=float(rest.kernel.static_order or 1),
+        rule=type(rest.rule),
+        dtype=dtype,
+        by_key=is_by_key(rest.mask),
+        dropout_rate=0.0 if rest.dropout_key is None else rest.dropout_rate,
+        with_support=rest.with_stats,
+        sizes=SIZES,
+    )
+
+
+def _operands(plan: Plan, inputs: Inputs, rest: Problem) -> tuple[Array, Array, Array, Seen]:
+    sizes = plan.sizes
+    found = ranges(
+        rest.mask, plan.batch, plan.queries, plan.keys, sizes.block, sizes.piece, plan.columns
+    )
+    return (
+        turned(inputs.query, plan.width, plan.rows),
+        turned(inputs.key, plan.width, plan.columns),
+        turned(inputs.value, plan.value_width, plan.columns),
+        Seen.of(found, rest, plan),
+    )
+
+
+def _forward(plan: Plan, inputs: Inputs, rest: Problem, steep: Array, cut: Array) -> Found:
+    query, key, value, seen = _operands(plan, inputs, rest)
+    found = forward(plan, query, key, value, pack(plan, steep, cut), seen)
+    out, lower = (
+        turned_back(x, inputs.value.shape[-1], plan.queries) for x in (found.out, found.lower)
+    )
+    rows = Rows(*jnp.moveaxis(found.rows[..., : plan.queries], 2, 0))
+    return Found(out, lower, rows, found.live, found.work)
+
+
+def _backward(plan: Plan, inputs: Inputs, rest: Problem, pulled: Pulled, live: Array, dout: Array):
+    query, key, value, seen = _operands(plan, inputs, rest)
+    back = turned(dout, plan.value_width, plan.rows)
+    *found, sums = backward(plan, query, key, value, back, pack(plan, *pulled), seen, live)
+    ends = [(x.shape[-1], x.shape[1]) for x in inputs[:3]]
+    gradients = (turned_back(x, *end) for x, end in zip(found, ends, strict=True))
+    return *gradients, jnp.moveaxis(sums[..., : plan.queries], 2, 0)
+
+
+ATTENTION = Attention("mosaic_tpu", declined, _plan, _forward, _backward)
