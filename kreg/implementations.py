@@ -29,7 +29,7 @@ _LEAST = {"t": 16, "s": 128}
 def _mosaic_gpu(problem: Problem) -> tuple[Array, Stats | None]:
     from pallas_kernels import mosaic_gpu
 
-    return mosaic_gpu.attend(problem)
+    return mosaic_gpu.ATTENTION.attend(problem)
 
 
 def _mosaic_tpu(problem: Problem) -> tuple[Array, Stats | None]:

@@ -122,7 +122,8 @@ class Attention:
         return out, found
 
     def _stats(self, inputs: Inputs, rest: Problem, found: Found) -> Stats:
-        order, rule = rest.kernel.static_order, type(rest.rule)
+        plan = self.plan(inputs, rest)
+        order, rule = plan.order, plan.rule
         cut, total, _, seen, support = found.rows
         alive = seen > 0 if rule is Fixed else cut > LOWEST
         threshold = jnp.where(alive, cut * order, jnp.inf)

@@ -15,10 +15,8 @@ from test_contract import CAUSAL, Structure
 import kreg
 from kreg.canonical import canonical
 from kreg.inputs import separate
-from pallas_kernels.mosaic_gpu import attention as kernels
-from pallas_kernels.mosaic_gpu import short
-from pallas_kernels.mosaic_gpu.forward import FOUND
-from pallas_kernels.mosaic_gpu.operands import unpack
+from pallas_kernels.attention import Rows
+from pallas_kernels.mosaic_gpu import ATTENTION, short
 
 SMALL = {"B": 1, "N": 2, "K": 1, "H": 16, "V": 16}
 STRUCTURES = {
@@ -67,7 +65,7 @@ def test_the_contract_is_kept_under_every_mask(name, parts):
 
 
 def both(monkeypatch, queries, keys, width=16, seed=0, segments=False, **options):
-    """Output and all else that is found by this kernel, twice, and by the other; the plan."""
+    """Output and all else that is found by this kernel, twice, and by the other."""
     rng = np.random.default_rng(seed)
     query, key, value = (
         jnp.asarray(rng.normal(size=(1, n, heads, width)), "bfloat16")
@@ -76,16 +74,16 @@ def both(monkeypatch, queries, keys, width=16, seed=0, segments=False, **options
     if segments:
         pairs = (jnp.sort(jnp.asarray(rng.integers(0, 4, (1, n)))) for n in (queries, keys))
         options["segment_ids"] = tuple(pairs)
-    inputs, rest = separate(canonical(query, key, value, return_stats=True, **options))
-    assert short.declined(kernels._plan(inputs, rest)) is None
+    problem = canonical(query, key, value, return_stats=True, **options)
+    assert short.declined(ATTENTION.plan(*separate(problem))) is None
 
     def run():
         with mosaic.interpreted():
-            return jax.tree.map(np.asarray, kernels._call(inputs, rest)[1])
+            return jax.tree.map(np.asarray, ATTENTION.found(problem))
 
     first, again = run(), run()
     monkeypatch.setattr(short, "MOST_KEYS", 0)
-    return first, again, run(), kernels._plan(inputs, rest)
+    return first, again, run()
 
 
 LONGER = [pytest.mark.nightly, pytest.mark.slow]
@@ -110,14 +108,13 @@ LONGER = [pytest.mark.nightly, pytest.mark.slow]
 )
 def test_the_other_kernel_finds_the_same(monkeypatch, queries, keys, options):
     """All that the gradients need: averages, numbers of rows, bits of tiles; and twice the same."""
-    found, again, want, plan = both(monkeypatch, queries, keys, **options)
+    found, again, want = both(monkeypatch, queries, keys, **options)
     jax.tree.map(np.testing.assert_array_equal, found, again)
     np.testing.assert_array_equal(found.live, want.live)
     for name in ("out", "lower"):
-        x, y = (getattr(f, name)[:, :queries].astype(np.float32) for f in (found, want))
+        x, y = (getattr(f, name).astype(np.float32) for f in (found, want))
         np.testing.assert_allclose(x, y, atol=2**-8 * np.abs(y).max(), rtol=0)
-    rows, wanted = (unpack(plan, f.rows)[..., :queries] for f in (found, want))
-    for name, x, y in zip(FOUND, rows, wanted, strict=True):
+    for name, x, y in zip(Rows._fields, found.rows, want.rows, strict=True):
         # Whole numbers: the best key, how many are seen and how many have weight.
         off = 0 if name in ("best", "support") else 2e-4
         np.testing.assert_allclose(x, y, rtol=off, atol=off, err_msg=name)
@@ -167,5 +164,5 @@ def test_a_query_of_nan_spoils_no_other():
 )
 def test_what_is_left_to_the_other_kernel(keys, width, dtype, reason):
     x = jnp.zeros((1, keys, 1, width), dtype)
-    found = short.declined(kernels._plan(*separate(canonical(x, x, x))))
+    found = short.declined(ATTENTION.plan(*separate(canonical(x, x, x))))
     assert found is reason if reason is None else reason in found

@@ -20,7 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from kreg.bandwidth import Anchored, Fixed
-from pallas_kernels.mosaic_gpu.operands import Draws, Ranges, turned, unpack
+from pallas_kernels.attention import Pulled
+from pallas_kernels.mosaic_gpu.operands import Draws, Limits, turned, unpack
 from pallas_kernels.mosaic_gpu.plan import TILE, WORD, Plan, stages, words
 from pallas_kernels.mosaic_gpu.tiles import (
     COLUMNS,
@@ -33,9 +34,7 @@ from pallas_kernels.mosaic_gpu.tiles import (
     dropped,
     fetch,
     filled,
-    integer,
     operand,
-    power,
     product,
     put,
     result,
@@ -44,10 +43,11 @@ from pallas_kernels.mosaic_gpu.tiles import (
     stream,
     zeros,
 )
+from pallas_kernels.solver import integer, power
 
 _WIDEST = 128
 # What is given of every row.
-ROWS_GIVEN = ("steep", "cut", "scale", "mean", "away", "best")
+ROWS_GIVEN = Pulled._fields
 
 
 class Given(NamedTuple):
@@ -73,14 +73,14 @@ def backward(
     dout: Float[Array, "P B T N V"],
     rows: Float[Array, "B N I 6 64"],
     live: Int[Array, "B N I W"],
-    ranges: Ranges,
+    limits: Limits,
     draws: Draws,
-) -> tuple[Array, Array, Array, Float[Array, "2 B N T'"]]:
+) -> tuple[Array, Array, Array, Float[Array, "2 B N T"]]:
     """Runs both kernels; returns the gradients of query, key and value, and two sums of every row.
 
     With dz what flows back to its scores: the sums of dz y and, under `Fixed`, of dz.
     """
-    arrays = query, key, value, dout, rows, *ranges, *draws
+    arrays = query, key, value, dout, rows, *limits, *draws
     dquery, sums = _query_kernel(plan, query.shape[2])(*arrays, live)
     arrays, length = (*arrays, turned(plan, live)), key.shape[2]
     if max(plan.width, plan.value_width) <= _WIDEST:

@@ -20,11 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from kreg.bandwidth import Adaptive, Anchored, Fixed
-from pallas_kernels.mosaic_gpu.operands import Draws, Ranges
+from pallas_kernels.mosaic_gpu.operands import Draws, Limits
 from pallas_kernels.mosaic_gpu.plan import TILE, WORD, Plan, stages, words
 from pallas_kernels.mosaic_gpu.tiles import (
     GRID,
-    LOWEST,
     ROWS,
     Seen,
     across,
@@ -33,27 +32,19 @@ from pallas_kernels.mosaic_gpu.tiles import (
     dropped,
     fetch,
     filled,
-    integer,
-    inverse,
     operand,
-    power,
     product,
     put,
     result,
-    root,
     some_above,
     staged,
     staging,
     stream,
     zeros,
 )
+from pallas_kernels.solver import LOWEST, integer, inverse, power, powers, raised, search
 
-_MOST_PASSES = 30
 _WIDEST = 128
-# Steps of the guess, in units of y, after which it counts as found: for half types and for float32,
-# of orders below 2 and from 2 on. The error of Halley's steps is cubed each time; below 2 there is
-# no such bound, and only steps as small as rounding are the last.
-_HALF_STEP, _FULL_STEP = (2.0**-10, 2.0**-6), (2.0**-22, 2.0**-9)
 
 # What is given and what is found of every row: its threshold in units of y, the sums of the powers
 # r and r - 1, its best key (under `Fixed` how many it sees, if that is asked), keys with weight.
@@ -98,13 +89,13 @@ def forward(
     key: Float[Array, "P B S K H"],
     value: Float[Array, "P B S K V"],
     rows: Float[Array, "B N I 2 64"],
-    ranges: Ranges,
+    limits: Limits,
     draws: Draws,
 ) -> Found:
     """Runs the kernel; `rows` are those named in ROWS_GIVEN, y = steep q.k."""
     if plan.value_width > _WIDEST:
-        return _by_columns(plan, query, key, value, rows, ranges, draws)
-    arrays = query, key, value, rows, *ranges, *draws
+        return _by_columns(plan, query, key, value, rows, limits, draws)
+    arrays = query, key, value, rows, *limits, *draws
     return launch(plan, _Program, functools.partial(_shared, plan), Given(*arrays))
 
 
@@ -170,55 +161,6 @@ def _by_columns(plan: Plan, query, key, value, *rest) -> Found:
         found.append(forward(part, query, key, some, *rest))
     out, lower = (jnp.concatenate(x, axis=-1) for x in zip(*(f[:2] for f in found), strict=True))
     return found[0]._replace(out=out, lower=lower)
-
-
-def _steps(order: float, total, slope, curve=None):
-    """Newton's step on the norm of the powers, which never passes the root, and the best one.
-
-    total, slope, curve: the sums of the powers r, r - 1 and, from order 2 on, r - 2.
-    """
-    norm, share = root(total, order), inverse(total)
-    newton = (norm - 1) * inverse(slope * share * norm)
-    if curve is None:
-        return newton, jnp.maximum(newton, 0)
-    # Halley's, g'' / (2 |g'|) of the norm g; at most twice as far: far off it may be anything.
-    bend = (order - 1) / 2 * (curve * inverse(slope) - slope * share)
-    return newton, newton / jnp.maximum(1 - newton * bend, 0.5)
-
-
-def powers(order: float) -> list[float]:
-    """Which powers of the scores above a guess are summed for a step: r, r - 1, from 2 on r - 2."""
-    return [order, order - 1, order - 2][: 2 + (order >= 2)]
-
-
-def search(plan: Plan, cut, sums: Callable, largest: Callable, state: tuple) -> list:
-    """Moves guesses of the thresholds until none of the block moves by more than is enough.
-
-    Sums are formed at `cut`, the best guess, which may be beyond the threshold by a little; tiles
-    are dropped when they are below `floor`, which is not.
-
-    sums: (cut, floor, *state) -> (*state, sums of `powers`); largest: of numbers of rows, the same
-    for all threads. Returns passes, cut and state.
-    """
-    enough = (_HALF_STEP, _FULL_STEP)[plan.parts > 1][plan.order >= 2]
-
-    def advance(carry):
-        passes, cut, floor, _, *state = carry
-        found = sums(cut, floor, *state)
-        state, found = found[: len(state)], found[len(state) :]
-        newton, best = _steps(plan.order, *found)
-        floor = jnp.maximum(floor, cut + newton)
-        # Steps that do not move the guess are none, nor are those of rows with NaN.
-        new = cut + best
-        size = jnp.where((new != cut) & (new == new), jnp.abs(best), 0.0)
-        return passes + 1, new, floor, largest(size), *state
-
-    def unfinished(carry):
-        return (carry[0] < _MOST_PASSES) & (carry[3] > enough)
-
-    start = integer(0), cut, cut, jnp.float32(1), *state
-    passes, cut, _, _, *found = lax.while_loop(unfinished, advance, start)
-    return [passes, cut, *found]
 
 
 class Program:
@@ -329,23 +271,17 @@ class _Program(Program):
         """Bounds the thresholds from below, and lists the tiles that reach above."""
         order = self.plan.order
 
-        # Of the keys so far the norm at t >= cut is at least [norm - slope (t - cut)]_+.
         def step(j, slot, carry):
             y = self._scores(j, slot)
             top = jnp.max(y, axis=1)
 
+            def sums(cut):
+                x = jnp.maximum(y - across(cut), 0)
+                return [jnp.sum(power(x, m), axis=1) for m in (order, order - 1)]
+
             def move(cut, norm, slope, count):
                 self.shared.list[count] = j
-                new = jnp.maximum(cut, top - 1)
-                norm = jnp.maximum(norm - slope * (new - cut), 0)
-                x = jnp.maximum(y - across(new), 0)
-                total = power(norm, order) + jnp.sum(power(x, order), axis=1)
-                lower = power(x, order - 1)
-                slopes = power(norm, order - 1) * slope + jnp.sum(lower, axis=1)
-                norm = root(total, order)
-                slope = slopes * inverse(total) * norm
-                new = new + jnp.maximum(norm - 1, 0) * inverse(slope)
-                return new, jnp.minimum(norm, 1), slope, count + 1
+                return *raised(order, (cut, norm, slope), top, sums), count + 1
 
             live = some_above(top - carry[0])
             return lax.cond(live, move, lambda *carry: carry, *carry)
@@ -395,7 +331,9 @@ class _Program(Program):
             kept, *found = self._stream(count, self._listed, step, start)
             return kept, seen + count, *found
 
-        passes, cut, count, seen = search(self.plan, cut, sums, jnp.max, (count, integer(0)))
+        passes, cut, count, seen = search(
+            self.plan.order, self.plan.parts > 1, cut, sums, jnp.max, (count, integer(0))
+        )
         return cut, count, seen, passes
 
     def _average(self, cut, best, count, tile) -> None:

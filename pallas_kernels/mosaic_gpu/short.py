@@ -2,7 +2,7 @@
 
 A program has a block of queries and one or two warpgroups, which take turns at the tiles of keys.
 Each forms the scores of its tiles and keeps them, the first few in registers and the others in
-shared memory; thresholds are found by the steps of `forward.search` on sums over all, exchanged
+shared memory; thresholds are found by the steps of `solver.search` on sums over all, exchanged
 through shared memory; then each averages the values of its tiles that have weight, and the parts
 are added up in a fixed order.
 
@@ -29,26 +29,21 @@ from pallas_kernels.mosaic_gpu.forward import (
     Given,
     Program,
     launch,
-    powers,
-    search,
 )
 from pallas_kernels.mosaic_gpu.plan import TILE, Plan, stages, words
 from pallas_kernels.mosaic_gpu.tiles import (
     COLUMNS,
     GRID,
-    LOWEST,
     ROWS,
     across,
     add_product,
     filled,
-    integer,
-    inverse,
     operand,
-    power,
     staged,
     staging,
     zeros,
 )
+from pallas_kernels.solver import LOWEST, integer, inverse, power, powers, search
 
 MOST_KEYS = 1024
 # Tiles of one warpgroup that works alone, and those whose scores a warpgroup keeps in registers.
@@ -76,10 +71,10 @@ def declined(plan: Plan) -> str | None:
     return None
 
 
-def forward(plan: Plan, query, key, value, rows, ranges, draws) -> Found:
+def forward(plan: Plan, query, key, value, rows, limits, draws) -> Found:
     """Runs the kernel: arguments and results are those of `forward.forward`."""
     groups = _groups(plan)
-    arrays = query, key, value, rows, *ranges, *draws
+    arrays = query, key, value, rows, *limits, *draws
     return launch(plan, _Program, functools.partial(_shared, plan), Given(*arrays), groups)
 
 
@@ -170,7 +165,7 @@ class _Program(Program):
             turn, best = self._joined(turn, jnp.maximum, self._best(top))
         if self.plan.rule is Adaptive:
             passes, cut, turn, seen = search(
-                self.plan, cut, self._sums, self._largest, (turn, seen)
+                self.plan.order, self.plan.parts > 1, cut, self._sums, self._largest, (turn, seen)
             )
         self._average(turn, cut, best, passes, seen)
 
@@ -284,7 +279,7 @@ class _Program(Program):
         return ~(jnp.max(top - floor) <= 0)
 
     def _sums(self, cut, floor, turn, seen):
-        """Sums of powers over all tiles, of both warpgroups; see `forward.search`."""
+        """Sums of powers over all tiles, of both warpgroups; see `solver.search`."""
         self._tell(floor)
         floor, exponents = self._heard(), powers(self.plan.order)
 

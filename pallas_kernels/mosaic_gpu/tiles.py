@@ -17,17 +17,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu.plan import ACROSS_WARPS_BYTES, TILE, Plan
+from pallas_kernels.solver import integer
 
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 GRID = plgpu.Layout.WGMMA
 # Numbers of the rows and of the columns of a tile.
 ROWS, COLUMNS = GRID.reduce(1), GRID.reduce(0)
-LOWEST = float(jnp.finfo(jnp.float32).min)
-
-
-def integer(x) -> Array:
-    """A 32-bit integer, whatever type JAX would give a Python number."""
-    return jnp.asarray(x, jnp.int32)
 
 
 def filled(value: float, layout=ROWS) -> Array:
@@ -231,28 +226,6 @@ def _mixed(x: Array) -> Array:
 
 def _signed(word: int) -> Array:
     return jnp.asarray(word - 2**32 if word >= 2**31 else word, jnp.int32)
-
-
-def power(x: Array, exponent: float) -> Array:
-    """Evaluates x^exponent for x >= 0, and 0 at x = 0 whatever the exponent."""
-    if exponent == 0:
-        return jnp.where(x > 0, 1.0, 0.0)
-    if exponent == int(exponent) and exponent <= 4:
-        squared = x * x
-        return {1: x, 2: squared, 3: squared * x, 4: squared * squared}[int(exponent)]
-    return jnp.where(x > 0, jnp.exp2(exponent * jnp.log2(jnp.where(x > 0, x, 1.0))), 0.0)
-
-
-def root(total: Array, order: float) -> Array:
-    """Evaluates total^(1/order)."""
-    if order == 1:
-        return total
-    return jnp.sqrt(total) if order == 2 else power(total, 1 / order)
-
-
-def inverse(x: Array) -> Array:
-    """One over x; 0 where x is 0."""
-    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1.0), 0.0)
 
 
 def some_above(rows: Array) -> Array:

@@ -90,10 +90,16 @@ def _forward(plan: Plan, inputs: Inputs, rest: Problem, steep: Array, cut: Array
 def _backward(plan: Plan, inputs: Inputs, rest: Problem, pulled: Pulled, live: Array, dout: Array):
     query, key, value, seen = _operands(plan, inputs, rest)
     back = turned(dout, plan.value_width, plan.rows)
-    *found, sums = backward(plan, query, key, value, back, pack(plan, *pulled), seen, live)
-    ends = [(x.shape[-1], x.shape[1]) for x in inputs[:3]]
-    gradients = (turned_back(x, *end) for x, end in zip(found, ends, strict=True))
-    return *gradients, jnp.moveaxis(sums[..., : plan.queries], 2, 0)
+    dquery, dkey, dvalue, sums = backward(
+        plan, query, key, value, back, pack(plan, *pulled), seen, live
+    )
+    widths = inputs.query.shape[-1], inputs.value.shape[-1]
+    return (
+        turned_back(dquery, widths[0], plan.queries),
+        turned_back(dkey, widths[0], plan.keys),
+        turned_back(dvalue, widths[1], plan.keys),
+        jnp.moveaxis(sums[..., : plan.queries], 2, 0),
+    )
 
 
 ATTENTION = Attention("mosaic_tpu", declined, _plan, _forward, _backward)

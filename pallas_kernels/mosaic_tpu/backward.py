@@ -132,7 +132,9 @@ def _key_kernel(plan: Plan) -> Kernel:
             "by_key": block(None, 8, tile, at=lambda b, k, j: (b, 0, j)),
             "draws": remote(),
             "word": scalars(None, 1, 1, at=lambda b, k, j: (b, 0, 0)),
-            "live": scalars(None, plan.share, None, 1, plan.blocks, at=lambda b, k, j: (b, k, j, 0, 0)),
+            "live": scalars(
+                None, plan.share, None, 1, plan.blocks, at=lambda b, k, j: (b, k, j, 0, 0)
+            ),
         },
         outputs=outputs,
         shapes={

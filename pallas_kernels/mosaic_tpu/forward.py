@@ -189,11 +189,17 @@ class _Program:
         refs, size = self.refs, self.plan.sizes.tile
         sources = []
         if keys:
-            sources.append((lambda j: columns(refs.keys.at[self.batch, self.key_head], j, size), refs.key))
+            sources.append(
+                (lambda j: columns(refs.keys.at[self.batch, self.key_head], j, size), refs.key)
+            )
             if self.plan.by_key:
-                sources.append((lambda j: columns(refs.by_keys.at[self.batch], j, size), refs.by_key))
+                sources.append(
+                    (lambda j: columns(refs.by_keys.at[self.batch], j, size), refs.by_key)
+                )
         if values:
-            sources.append((lambda j: columns(refs.values.at[self.batch, self.key_head], j, size), refs.value))
+            sources.append(
+                (lambda j: columns(refs.values.at[self.batch, self.key_head], j, size), refs.value)
+            )
         return Stream(*sources, semaphores=refs.arrived)
 
     def _scores(self, j, slot, p: int, is_kept: bool):
@@ -220,7 +226,7 @@ class _Program:
     def _walk(
         self, step: Callable, note: Callable, counter: str, *, listed: bool, values: bool = False
     ) -> None:
-        """Takes a step (tile, slot, piece, scores) for the pieces of tiles that are seen, or listed.
+        """Takes a step (tile, slot, piece, scores) for pieces that are seen, or listed.
 
         A step says whether a piece is live. note: (tile, bits of its live pieces), where any is;
         counter: of WORK, by the pieces that were looked at.

@@ -1,4 +1,4 @@
-"""How a kernel is started: compiled on a TPU, interpreted elsewhere; vmapped axes join the batch."""
+"""How a kernel is started: compiled on TPUs, interpreted elsewhere; vmapped axes join the batch."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -58,12 +58,11 @@ class Kernel(NamedTuple):
             in_specs=list(self.inputs.values()),
             out_specs=[self.outputs[name] for name in self.shapes],
             out_shape=[
-                jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in self.shapes.values()
+                jax.ShapeDtypeStruct((batch, *shape), dtype)
+                for shape, dtype in self.shapes.values()
             ],
             scratch_shapes=list(self.scratch.values()),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=(pltpu.PARALLEL,) * len(grid)
-            ),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=(pltpu.PARALLEL,) * len(grid)),
             interpret=interpret,
         )
 
