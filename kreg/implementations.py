@@ -5,6 +5,7 @@ NotImplementedError, which means "not these inputs" and nothing else.
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 
 import jax
@@ -20,22 +21,18 @@ from kreg.stats import Stats
 _FUSED_BYTES = 2 * 2**20
 _DENSE_BYTES = {"cpu": 48 * 2**20}
 _DENSE_BYTES_ELSEWHERE = 2**30
-# What Hopper's devices are called, and from how many queries and keys on kernels
-# that work on 64 of each are worth it.
+# The platforms that kernels are compiled for, what Hopper's devices are called, and from how many
+# queries and keys on kernels, which work on 64 of each and more at once, are worth it.
+_PLATFORMS = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 _LEAST = {"t": 16, "s": 128}
 
 
-def _mosaic_gpu(problem: Problem) -> tuple[Array, Stats | None]:
-    from pallas_kernels import mosaic_gpu
+def _kernels(name: str) -> Callable[[Problem], tuple[Array, Stats | None]]:
+    def attend(problem: Problem) -> tuple[Array, Stats | None]:
+        return importlib.import_module(f"pallas_kernels.{name}").ATTENTION.attend(problem)
 
-    return mosaic_gpu.ATTENTION.attend(problem)
-
-
-def _mosaic_tpu(problem: Problem) -> tuple[Array, Stats | None]:
-    from pallas_kernels import mosaic_tpu
-
-    return mosaic_tpu.ATTENTION.attend(problem)
+    return attend
 
 
 def _in_blocks(problem: Problem) -> tuple[Array, Stats | None]:
@@ -49,8 +46,8 @@ def _fuses(problem: Problem) -> bool:
 IMPLEMENTATIONS: dict[str, Callable[[Problem], tuple[Array, Stats | None]]] = {
     "reference": reference.attend,
     "xla": _in_blocks,
-    "mosaic_gpu": _mosaic_gpu,
-    "mosaic_tpu": _mosaic_tpu,
+    "mosaic_gpu": _kernels("mosaic_gpu"),
+    "mosaic_tpu": _kernels("mosaic_tpu"),
 }
 
 
@@ -59,7 +56,7 @@ def run(problem: Problem, implementation: str | None) -> tuple[Array, Stats | No
     if implementation is not None:
         return _compiled(problem, implementation)
     name, _ = choose(problem)
-    return _compiled(problem, name, _portable(problem)[0] if name == "mosaic_gpu" else None)
+    return _compiled(problem, name, _portable(problem)[0] if name in _PLATFORMS else None)
 
 
 # Compiled as one, so that calls outside jit do not trace and compile their loops each time.
@@ -69,10 +66,9 @@ def _compiled(
 ) -> tuple[Array, Stats | None]:
     if elsewhere is None:
         return IMPLEMENTATIONS[name](problem)
-    # The program may yet be compiled for the host of the GPU.
-    return jax.lax.platform_dependent(
-        problem, cuda=IMPLEMENTATIONS[name], default=IMPLEMENTATIONS[elsewhere]
-    )
+    # The program may yet be compiled for the host of the device.
+    found = {_PLATFORMS[name]: IMPLEMENTATIONS[name]}
+    return jax.lax.platform_dependent(problem, **found, default=IMPLEMENTATIONS[elsewhere])
 
 
 def check(implementation: str | None) -> None:
@@ -87,18 +83,24 @@ def check(implementation: str | None) -> None:
 def choose(problem: Problem) -> tuple[str, str]:
     """Chooses kernels where there are some for the device and the problem, else by size."""
     device = device_kind()
-    if not is_hopper(device):
+    name = _kernels_for(device)
+    if name is None:
         return _portable(problem)
     if any(problem.sizes[axis] < least for axis, least in _LEAST.items()):
         name, why = _portable(problem)
         return name, f"{why}; kernels are for {_LEAST['t']} queries and {_LEAST['s']} keys or more"
-    from pallas_kernels.mosaic_gpu.attention import declined
-
-    reason = declined(problem)
+    module = importlib.import_module(f"pallas_kernels.{name}")
+    reason = module.ATTENTION.declined(problem)
     if reason is None:
-        return "mosaic_gpu", f"kernels for {device} take these inputs"
+        return name, f"kernels for {device} take these inputs"
     name, why = _portable(problem)
     return name, f"{why}; {reason}"
+
+
+def _kernels_for(device: str) -> str | None:
+    if is_hopper(device):
+        return "mosaic_gpu"
+    return "mosaic_tpu" if device.startswith("TPU") else None
 
 
 def _portable(problem: Problem) -> tuple[str, str]:
@@ -122,9 +124,9 @@ def is_hopper(device: str) -> bool:
 def device_kind() -> str:
     """What a program that is traced now is meant for: the mesh says, else the default device.
 
-    "cpu" where that is no GPU; the program may be compiled for one all the same.
+    "cpu" where that has no kernels; the program may be compiled for one that has all the same.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         return device.device_kind
-    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else "cpu"
+    return "cpu" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind

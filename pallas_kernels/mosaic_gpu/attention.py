@@ -12,10 +12,10 @@ from kreg.implementations import device_kind, is_hopper
 from kreg.inputs import Inputs
 from kreg.problem import Problem
 from pallas_kernels.attention import Attention, Found, Pulled, Rows
+from pallas_kernels.interpreter import effects, interpreted
 from pallas_kernels.mosaic_gpu import short
 from pallas_kernels.mosaic_gpu.backward import backward
 from pallas_kernels.mosaic_gpu.forward import forward
-from pallas_kernels.mosaic_gpu.interpreter import effects, interpreted
 from pallas_kernels.mosaic_gpu.operands import Draws, Limits, pack, parts, unpack
 from pallas_kernels.mosaic_gpu.plan import TILE, Plan
 from pallas_kernels.ranges import is_by_key

@@ -6,18 +6,20 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kreg.bandwidth import Adaptive, Anchored, Fixed
-from kreg.inputs import Inputs
+from kreg.implementations import device_kind
+from kreg.inputs import Inputs, separate
 from kreg.problem import Problem
 from pallas_kernels.attention import Attention, Found, Pulled, Rows
+from pallas_kernels.interpreter import effects
 from pallas_kernels.mosaic_tpu.backward import backward
 from pallas_kernels.mosaic_tpu.forward import forward
 from pallas_kernels.mosaic_tpu.operands import Seen, pack, turned, turned_back
-from pallas_kernels.mosaic_tpu.plan import Plan, Sizes
+from pallas_kernels.mosaic_tpu.plan import Plan
+from pallas_kernels.mosaic_tpu.sizes import SCALAR_BYTES, is_known, row_multiple, sizes_of
 from pallas_kernels.ranges import is_by_key, ranges
 
 _WIDEST = 256
-_ROWS = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float32): 8}
-SIZES = Sizes(block=128, piece=128, pieces=2, scores=2**20)
+_TYPES = {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}
 
 
 def declined(problem: Problem) -> str | None:
@@ -25,7 +27,9 @@ def declined(problem: Problem) -> str | None:
     mask, order = problem.mask, problem.kernel.static_order
     widths = problem.query.shape[-1], problem.value.shape[-1]
     types = {jnp.dtype(x.dtype) for x in (problem.query, problem.key, problem.value)}
+    device = device_kind()
     reasons = {
+        f"{device}, only for TPUs from v4 to v7x": not is_known(device),
         "an order that is an array": order is None,
         "an order below 1, or the Gaussian": order is not None and not 1 <= order < math.inf,
         f"{type(problem.rule).__name__}": type(problem.rule) not in (Adaptive, Anchored, Fixed),
@@ -35,17 +39,18 @@ def declined(problem: Problem) -> str | None:
         "a boolean mask": mask.array is not None,
         "two sets of segments": len(mask.segments) > 1,
         f"heads wider than {_WIDEST}": max(widths) > _WIDEST,
-        "types that differ, or are not bfloat16 or float32": len(types) > 1
-        or not types <= set(_ROWS),
+        "types that differ, or are not bfloat16 or float32": len(types) > 1 or not types <= _TYPES,
     }
     found = [what for what, is_so in reasons.items() if is_so]
+    if not found and _plan(*separate(problem)).scalar_bytes > SCALAR_BYTES:
+        found = ["so many queries with so many heads to a key head: their lists of tiles"]
     return f"no kernel for {found[0]}" if found else None
 
 
 def _plan(inputs: Inputs, rest: Problem) -> Plan:
     (batch, queries, heads, width), dtype = inputs.query.shape, jnp.dtype(inputs.query.dtype)
     keys, groups, value_width = inputs.value.shape[1:]
-    rows = _ROWS[dtype]
+    rows = row_multiple(dtype)
     return Plan(
         batch=batch,
         queries=queries,
@@ -60,7 +65,7 @@ def _plan(inputs: Inputs, rest: Problem) -> Plan:
         by_key=is_by_key(rest.mask),
         dropout_rate=0.0 if rest.dropout_key is None else rest.dropout_rate,
         with_support=rest.with_stats,
-        sizes=SIZES,
+        sizes=sizes_of(device_kind()),
     )
 
 
@@ -102,4 +107,4 @@ def _backward(plan: Plan, inputs: Inputs, rest: Problem, pulled: Pulled, live: A
     )
 
 
-ATTENTION = Attention("mosaic_tpu", declined, _plan, _forward, _backward)
+ATTENTION = Attention("mosaic_tpu", declined, _plan, _forward, _backward, effects)

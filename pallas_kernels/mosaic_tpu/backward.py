@@ -94,6 +94,7 @@ def _query_kernel(plan: Plan) -> Kernel:
             "sums": ((plan.heads, 2, plan.rows), jnp.float32),
         },
         scratch=scratch,
+        memory=plan.sizes.memory,
     )
 
 
@@ -142,6 +143,7 @@ def _key_kernel(plan: Plan) -> Kernel:
             "dvalue": ((plan.key_heads, plan.value_width, plan.columns), plan.dtype),
         },
         scratch=scratch,
+        memory=plan.sizes.memory,
     )
 
 

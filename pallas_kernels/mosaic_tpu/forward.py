@@ -75,6 +75,7 @@ def forward(
         _outputs(plan),
         _shapes(plan),
         _scratch(plan),
+        plan.sizes.memory,
     )
     return Found(*kernel.run(query, key, value, rows, *seen))
 

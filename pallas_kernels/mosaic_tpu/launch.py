@@ -1,4 +1,4 @@
-"""How a kernel is started: compiled on TPUs, interpreted elsewhere; vmapped axes join the batch."""
+"""How a kernel is started: what it is given and gives; vmapped axes join the batch."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
@@ -16,7 +15,8 @@ class Kernel(NamedTuple):
     """A kernel for grids (batch entries, `grid`...).
 
     body: is called with all arrays by their names. inputs, outputs: how blocks of them are picked;
-    shapes: of outputs without the batch, and their types. scratch: a program's own memory.
+    shapes: of outputs without the batch, and their types. scratch: a program's own memory. memory:
+    see `Sizes`.
     """
 
     name: str
@@ -26,15 +26,14 @@ class Kernel(NamedTuple):
     outputs: dict[str, pl.BlockSpec]
     shapes: dict[str, tuple[tuple[int, ...], Any]]
     scratch: dict[str, Any]
+    memory: int
 
     def run(self, *arrays: Array) -> list[Array]:
         """Calls it on arrays that all have a batch axis, the first."""
 
         @jax.custom_batching.custom_vmap
         def call(*arrays):
-            return lax.platform_dependent(
-                *arrays, tpu=self._call(arrays, False), default=self._call(arrays, True)
-            )
+            return self._compiled(arrays[0].shape[0])(*arrays)
 
         @call.def_vmap
         def folded(size, is_mapped, *arrays):
@@ -47,9 +46,8 @@ class Kernel(NamedTuple):
 
         return call(*arrays)
 
-    def _call(self, arrays, interpret: bool) -> Callable:
+    def _compiled(self, batch: int) -> Callable:
         names = [*self.inputs, *self.outputs, *self.scratch]
-        batch = arrays[0].shape[0]
         grid = batch, *self.grid
         return pl.pallas_call(
             lambda *refs: self.body(SimpleNamespace(**dict(zip(names, refs, strict=True)))),
@@ -62,8 +60,10 @@ class Kernel(NamedTuple):
                 for shape, dtype in self.shapes.values()
             ],
             scratch_shapes=list(self.scratch.values()),
-            compiler_params=pltpu.CompilerParams(dimension_semantics=(pltpu.PARALLEL,) * len(grid)),
-            interpret=interpret,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=(pltpu.PARALLEL,) * len(grid),
+                vmem_limit_bytes=self.memory or None,
+            ),
         )
 
 

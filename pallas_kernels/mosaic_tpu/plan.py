@@ -1,27 +1,12 @@
 """What a kernel is compiled for, and the shapes that follow from it."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-
-class Sizes(NamedTuple):
-    """How the work is cut on one generation of TPUs.
-
-    block: queries of a program. piece: keys whose scores are formed at once, and skipped at once.
-    pieces: of a tile, which is fetched at once. scores: bytes of scores that are kept on chip.
-    """
-
-    block: int
-    piece: int
-    pieces: int
-    scores: int
-
-    @property
-    def tile(self) -> int:
-        return self.piece * self.pieces
+from pallas_kernels.mosaic_tpu.sizes import Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,3 +78,8 @@ class Plan:
     def keeps(self) -> bool:
         """Whether the scores of a block stay on chip, and are formed once."""
         return 4 * self.columns * self.sizes.block <= self.sizes.scores
+
+    @property
+    def scalar_bytes(self) -> int:
+        """Scalar memory that the kernel of keys takes, the greediest: bits of tiles and bounds."""
+        return 4 * self.blocks * (2 * self.share + 2 * 4 + 1)
