@@ -16,15 +16,8 @@ import pytest
 from attention_inputs import Shape, rounded
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from test_contract import (
-    CAUSAL,
-    Case,
-    Structure,
-    build,
-    check_gradients,
-    check_output,
-    check_stats,
-)
+from kernel_contract import Interpreted, drawn
+from test_contract import CAUSAL, Structure
 
 import kreg
 from kreg.canonical import canonical
@@ -67,58 +60,8 @@ def any_length(monkeypatch):
     monkeypatch.setattr(short, "MOST_KEYS", 0)
 
 
-@functools.cache
-def compiled(name: str, implementation: str):
-    """Output, stats and the gradients of query, key, value and h."""
-    s = ALL[name]
-
-    @jax.jit
-    def run(query, key, value, cotangent, mask, h):
-        def attend(query, key, value, h):
-            return kreg.attention(
-                query, key, value, mask=mask,
-                implementation=implementation, return_stats=True, **s.arguments(h), **s.options,
-            )  # fmt: skip
-
-        out, pull, stats = jax.vjp(attend, query, key, value, h, has_aux=True)
-        return out, stats, dict(zip(("query", "key", "value", "h"), pull(cotangent), strict=True))
-
-    return run
-
-
-def computed(name: str, case: Case, implementation: str = "mosaic_gpu"):
-    dtype = ALL[name].dtype
-    arrays = [jnp.asarray(x, "float32").astype(dtype) for x in case.arrays]
-    h = jnp.full((1, 1, 1, 1), 1.0)
-    mask = kreg.Mask(**{k: jax.tree.map(jnp.asarray, v) for k, v in case.mask.items()})
-    with interpreted():
-        found = compiled(name, implementation)(*arrays, mask, h)
-        return jax.tree.map(
-            lambda x: np.asarray(x.astype("float32") if x.dtype == dtype else x), found
-        )
-
-
-def drawn(s: Structure, seed: int, spread: float = 1.0, parts: int = 0, ties: bool = False) -> Case:
-    """A case without bias and without a boolean array; masks that are neutral are left out."""
-    case = build(s, seed, spread, 0.5, parts & ~3, ties)
-    names = {4: ("key_start", "key_stop"), 8: ("query_start", "query_stop"), 16: ("segment_ids",),
-             32: ("query_seq_lengths", "key_value_seq_lengths")}  # fmt: skip
-    mask = {name: case.mask[name] for bit, part in names.items() if parts & bit for name in part}
-    return Case(case.arrays, case.bias, mask, case.where)
-
-
-def check(name: str, case: Case, ties: bool = False) -> None:
-    s = ALL[name]
-    clean = [np.where(np.isfinite(x), x, 0) for x in case.arrays]
-    scale = 1.0 if s.rule == "fixed" else None
-    want = oracle.attention(
-        *clean[:3], case.bias, case.where, order=s.cell.order, rule=s.cell.rule, scale=scale
-    )
-    out, stats, gradients = computed(name, case)
-    check_output(s, case, clean[2], want, out)
-    check_stats(s, want, stats)
-    if not (ties and s.rule == "anchored"):
-        check_gradients(s, case, clean[3], want, gradients)
+CONTRACT = Interpreted("mosaic_gpu", interpreted, ALL)
+check = CONTRACT.check
 
 
 @pytest.mark.core
@@ -178,7 +121,9 @@ def test_skipped_tiles_hold_no_key_with_weight(name, order):
 @pytest.mark.parametrize("name", ["causal", "float32"])
 def test_two_runs_agree_bit_by_bit(name):
     case = drawn(ALL[name], 3, 1.0, 63)
-    jax.tree.map(np.testing.assert_array_equal, computed(name, case), computed(name, case))
+    jax.tree.map(
+        np.testing.assert_array_equal, CONTRACT.computed(name, case), CONTRACT.computed(name, case)
+    )
 
 
 @pytest.mark.parametrize("bandwidth", [kreg.Adaptive(), kreg.Anchored()])

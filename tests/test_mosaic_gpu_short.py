@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import test_mosaic_gpu as mosaic
 from attention_inputs import Shape
+from kernel_contract import drawn
 from test_contract import CAUSAL, Structure
 
 import kreg
@@ -52,7 +53,7 @@ def few_keys():
 @pytest.mark.core
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_the_contract_is_kept(name):
-    mosaic.check(name, mosaic.drawn(STRUCTURES[name], 1, 2.0, parts=32))
+    mosaic.check(name, drawn(STRUCTURES[name], 1, 2.0, parts=32))
 
 
 @pytest.mark.nightly
@@ -61,7 +62,7 @@ def test_the_contract_is_kept(name):
 @pytest.mark.parametrize("name", STRUCTURES | MORE)
 def test_the_contract_is_kept_under_every_mask(name, parts):
     for spread, ties in [(0.0, False), (1.0, True), (30.0, False)]:
-        mosaic.check(name, mosaic.drawn(mosaic.ALL[name], 2, spread, parts, ties), ties)
+        mosaic.check(name, drawn(mosaic.ALL[name], 2, spread, parts, ties), ties)
 
 
 def both(monkeypatch, queries, keys, width=16, seed=0, segments=False, **options):

@@ -28,12 +28,12 @@ class Kernel(NamedTuple):
     scratch: dict[str, Any]
     memory: int
 
-    def run(self, *arrays: Array) -> list[Array]:
+    def run(self, *arrays: Array) -> tuple[Array, ...]:
         """Calls it on arrays that all have a batch axis, the first."""
 
         @jax.custom_batching.custom_vmap
         def call(*arrays):
-            return self._compiled(arrays[0].shape[0])(*arrays)
+            return tuple(self._compiled(arrays[0].shape[0])(*arrays))
 
         @call.def_vmap
         def folded(size, is_mapped, *arrays):
@@ -42,7 +42,8 @@ class Kernel(NamedTuple):
                 for x, mapped in zip(arrays, is_mapped, strict=True)
             ]
             found = call(*(x.reshape(-1, *x.shape[2:]) for x in full))
-            return [x.reshape(size, -1, *x.shape[1:]) for x in found], [True] * len(found)
+            apart = tuple(x.reshape(size, -1, *x.shape[1:]) for x in found)
+            return apart, (True,) * len(apart)
 
         return call(*arrays)
 
