@@ -115,6 +115,6 @@ def _caption(found: Results) -> str:
         + (f", {runs[0].result['parameters']:,} parameters" if runs else ""),
         "The checkpoint is that of the lowest loss at the longest training length",
         "generated: greedy, all target tokens and then EOS",
-        f"{SUPPORT_MEANING}, on a few of the sequences of each length",
+        SUPPORT_MEANING,
     )
     return ". ".join(sentences) + "."

@@ -33,8 +33,8 @@ def cost_cells(runs: Sequence[Run]) -> tuple[str, str, str]:
 
 SUPPORT_HEAD = "keys in use"
 SUPPORT_MEANING = (
-    "Keys in use: how many have weight in the attention, mean over positions, heads and layers, "
-    "and their share of those that could have"
+    "Keys in use, on a sample of the sequences: how many have weight in the attention, mean over "
+    "positions, heads and layers, and their share of those that could have"
 )
 
 
