@@ -48,9 +48,9 @@ def method(name: str) -> Method:
     >>> method("top16_softmax").bandwidth(1.0).k
     16
     """
-    kernel_name, at, rule_name = _product(name).partition("@")
+    kernel_name, rule_name = pair(name)
     kernel, rule = _kernel(kernel_name), _rule(rule_name)
-    if not at or kernel is None or rule is None:
+    if kernel is None or rule is None:
         raise ValueError(f"method: unknown name {name!r}; known are {KNOWN}")
     if kernel_name == "box" and rule_name in ("adaptive", "anchored"):
         raise ValueError(f"method: box takes the rules fixed and nearest:K, got {name!r}")
@@ -98,6 +98,16 @@ def rank(name: str) -> tuple[int, str]:
     """Return a key that sorts methods: the paper's in its order, then the others by name."""
     names = list(PAPER)
     return (names.index(name), name) if name in names else (len(names), name)
+
+
+def pair(name: str) -> tuple[str, str]:
+    """Return the names of a method's kernel and rule.
+
+    >>> pair("norm_relu"), pair("top16_softmax"), pair("entmax:1.25")
+    (('epanechnikov', 'fixed'), ('gaussian', 'nearest:16'), ('entmax:1.25', 'adaptive'))
+    """
+    kernel, _, rule = _product(name).partition("@")
+    return kernel, rule
 
 
 def _product(name: str) -> str:

@@ -1,5 +1,6 @@
 """The command for accelerators: on a CPU, without what such machines lack, and when it is cut."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import toy_experiment
 
 from experiments.hardware import contract as contract_part
 from experiments.hardware import queue as queue_part
@@ -22,11 +24,17 @@ from experiments.hardware.queue import work_on_queue
 from experiments.hardware.report import Report
 from experiments.hardware.stopwatch import Entry
 from experiments.hardware.timing import timing
-from experiments.methods import PAPER
+from experiments.language.config import Text
+from experiments.methods import PRODUCT
+from experiments.paper import EXPERIMENTS, METHODS
+from experiments.paper import Entry as PaperEntry
 
 ROOT = Path(__file__).parents[1]
 LACKING = ("beartype", "grain", "matplotlib", "pytest", "tyro")
 ABOUT = {"commit": "none", "device": {"kind": "Test Device 1"}}
+
+# The paper's text and GPT-2's tokens need not be here.
+STORIES = {"lm-paper": {"data": "stories", "text": Text(ngrams=())}}
 
 # Python imports this by itself in every process whose PYTHONPATH holds it.
 BLOCK = f"""
@@ -243,18 +251,26 @@ def test_ratios_pair_the_rounds():
 
 
 def test_the_committed_queue(tmp_path):
-    """The paper's table first, then upward, each job with all methods and three seeds."""
+    """The paper's table first, then upward, then length generalisation, then language."""
     jobs = read_queue(QUEUE, tmp_path)
-    configs = [job.config() for job in jobs]
-    assert [c.data.train for c in configs] == [1000, 2500, 5000, 10000, 20000, 40000]
-    for job, config in zip(jobs, configs, strict=True):
-        assert config.preset == "paper" and config.compat is None and config.seeds == (0, 1, 2)
-        assert set(config.methods) == {*PAPER, "top16_softmax", "top16_uniform"}
-        assert config.folder == tmp_path / job.name
+    configs = {job.name: job.config() for job in jobs}
+    names = [job.experiment.name for job in jobs]
+    assert names == ["in_context"] * 6 + ["length"] * 4 + ["language"] * 2
+    for job in jobs:
+        config = configs[job.name]
+        assert config.seeds == (0, 1, 2) and config.folder == tmp_path / job.name
+        assert config.preset == ("small" if job.name == "lm-small" else "paper")
+        job.experiment.check(dataclasses.replace(config, **STORIES.get(job.name, {})))
+    ladder = [configs[job.name] for job in jobs[:6]]
+    assert [c.data.train for c in ladder] == [1000, 2500, 5000, 10000, 20000, 40000]
+    assert ladder[0].methods == PRODUCT and {*METHODS} <= {*PRODUCT}
+    assert all(c.methods == METHODS and c.compat is None for c in ladder[1:])
+    lengths = [configs[job.name] for job in jobs[6:10]]
+    assert [c.task for c in lengths] == ["sort", "reverse", "copy", "mqmtar"]
     first = state(jobs[0], pace=10.0)
-    assert first["state"] == "waiting" and first["runs"] == 24
-    assert first["steps"] == 24 * 32 * 200
-    assert first["hours_left"] == pytest.approx(24 * 32 * 200 / 10 / 3600)
+    assert first["state"] == "waiting" and first["runs"] == 3 * len(PRODUCT)
+    assert first["steps"] == 3 * len(PRODUCT) * 32 * 200
+    assert first["hours_left"] == pytest.approx(first["steps"] / 10 / 3600)
     assert state(jobs[0], pace=None)["hours_left"] is None
 
 
@@ -264,8 +280,9 @@ def test_the_committed_queue(tmp_path):
         ("[[job]]\nname = 'a'", "arguments"),
         ("job = 3", "expected"),
         ("[[job", "expected"),
-        ("[[job]]\nname = '../a'\narguments = ''", "names fit for folders"),
-        ("[[job]]\nname = 'a'\narguments = ''\n" * 2, "none twice"),
+        ("[[job]]\nname = 'a'\narguments = ''", "no words in a"),
+        ("[[job]]\nname = '../a'\narguments = 'icl'", "names fit for folders"),
+        ("[[job]]\nname = 'a'\narguments = 'icl'\n" * 2, "none twice"),
     ],
 )
 def test_a_bad_queue_is_named(text, message, tmp_path):
@@ -276,7 +293,10 @@ def test_a_bad_queue_is_named(text, message, tmp_path):
     assert str(file) in str(caught.value)
 
 
-@pytest.mark.parametrize("words", ["--preset none", "--methods unknown", "--seeds 0 0"])
+@pytest.mark.parametrize(
+    "words",
+    ["chess", "icl --preset none", "icl --methods unknown", "icl --seeds 0 0", "length --task x"],
+)
 def test_a_bad_job_changes_nothing(words, tmp_path, capsys):
     file = tmp_path / "queue.toml"
     file.write_text(f"[[job]]\nname = 'wrong'\narguments = '{words}'")
@@ -289,7 +309,7 @@ def test_a_bad_job_changes_nothing(words, tmp_path, capsys):
 def test_a_job_that_breaks_leaves_time_to_the_next(tmp_path, monkeypatch, capsys):
     """What broke is remembered with its reason, the next job is tried, and the status says so."""
     file = tmp_path / "queue.toml"
-    file.write_text("\n".join(f"[[job]]\nname = '{n}'\narguments = ''" for n in ("one", "two")))
+    file.write_text("\n".join(f"[[job]]\nname = '{n}'\narguments = 'icl'" for n in ("one", "two")))
     (tmp_path / "out" / "queue").mkdir(parents=True)
     (tmp_path / "out" / "queue" / "one").write_text("a file where the folder should be")
     monkeypatch.setattr("experiments.runs.sweep.sweep", lambda experiment, config, say: True)
@@ -301,7 +321,7 @@ def test_a_job_that_breaks_leaves_time_to_the_next(tmp_path, monkeypatch, capsys
 
 def test_a_stopped_slice_begins_no_other_job(tmp_path, monkeypatch):
     file = tmp_path / "queue.toml"
-    file.write_text("\n".join(f"[[job]]\nname = '{n}'\narguments = ''" for n in ("one", "two")))
+    file.write_text("\n".join(f"[[job]]\nname = '{n}'\narguments = 'icl'" for n in ("one", "two")))
     tried = []
     monkeypatch.setattr(
         "experiments.runs.sweep.sweep",
@@ -312,6 +332,56 @@ def test_a_stopped_slice_begins_no_other_job(tmp_path, monkeypatch):
         == 0
     )
     assert tried == ["one"] and not read(tmp_path / "out" / "queue.json")["broken"]
+
+
+@pytest.fixture
+def toys(monkeypatch, tmp_path):
+    """A queue of two toys, and between them one whose data are not there."""
+    for module in ("experiments.toy", "experiments.toy.experiment"):
+        monkeypatch.setitem(sys.modules, module, toy_experiment)
+    monkeypatch.setitem(EXPERIMENTS, "toy", PaperEntry("A toy", "toy", methods=("softmax",)))
+    words = {
+        "first": "toy --seeds 0 1",
+        "absent": "lm --data tinystories:nowhere",
+        "last": "toy --seeds 0",
+    }
+    file = tmp_path / "queue.toml"
+    jobs = (f"[[job]]\nname = '{name}'\narguments = '{words[name]}'" for name in words)
+    file.write_text("\n".join(jobs))
+    monkeypatch.chdir(tmp_path)
+    return file
+
+
+def test_any_experiment_is_a_job_and_what_is_left_stays_visible(toys, tmp_path, monkeypatch):
+    report = Report(tmp_path / "out", None, ABOUT)
+
+    def work():
+        assert work_on_queue(report, Deadline(1), jobs=toys, carry=None) == 0
+        jobs = {job["name"]: job for job in read(tmp_path / "out" / "queue.json")["jobs"]}
+        assert list(jobs) == ["first", "absent", "last"]
+        assert jobs["absent"]["state"] == "without data" and "--data" in jobs["absent"]["missing"]
+        return jobs
+
+    class Cut(BaseException):
+        pass
+
+    def cut(*arguments, **options):
+        raise Cut
+
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr("experiments.runs.run._test", cut)
+        work()
+    left = {job["name"]: job["state"] for job in read(tmp_path / "out" / "queue.json")["jobs"]}
+    assert left == {"first": "waiting", "absent": "without data", "last": "waiting"}
+    done = work()
+    assert done["first"]["state"] == done["last"]["state"] == "done"
+    assert [result["seed"] for result in done["first"]["results"]] == [0, 1]
+    assert all(result["error"] > 0 for result in done["first"]["results"])
+    assert "softmax" in (tmp_path / "out" / "queue" / "last" / "table.md").read_text()
+    sessions = read(tmp_path / "out" / "queue" / "first" / "softmax" / "seed0" / "run.json")
+    assert len(sessions["sessions"]) == 2
+    monkeypatch.setattr(queue_part, "_attempt", lambda *_: pytest.fail("a finished job ran again"))
+    work()
 
 
 def test_no_disk_no_run(tmp_path, monkeypatch, capsys):

@@ -134,6 +134,7 @@ def test_a_run_leaves_its_folder(finished):
         found = result(finished, method)
         assert found["steps"] == STEPS
         assert 0 < found["accuracy"] < 1 and 0 < found["tvd"] < 1 and found["kl"] > 0
+        assert np.shape(found["support"]) == (1, 2) and 1 < found["visible"] < 24
         record = json.loads((folder / "run.json").read_text())
         assert (record["method"], record["seed"]) == (method, 0)
         assert record["sessions"][0]["versions"]["jax"] == jax.__version__
@@ -145,7 +146,11 @@ def test_a_run_leaves_its_folder(finished):
 
 
 def test_methods_differ(finished):
-    assert result(finished, "softmax")["loss"] != result(finished, "relumax")["loss"]
+    softmax, relumax = (result(finished, method) for method in METHODS)
+    assert softmax["loss"] != relumax["loss"]
+    # Softmax gives weight to all that it sees.
+    np.testing.assert_allclose(softmax["support"], softmax["visible"], atol=1e-3)
+    assert np.max(relumax["support"]) < relumax["visible"] == softmax["visible"]
 
 
 def test_baselines_are_those_of_the_same_positions(finished):
@@ -251,6 +256,15 @@ def test_table_comes_from_the_folders_alone(finished, copy, capsys):
     assert cells["2-gram"][1] == f"{baselines['2-gram']['accuracy']:.3f}"
     assert "pixels" in text and "n = 1,000" in text and "Not the task above" in text
     assert "Measured on 6 automata" in text
+
+
+def test_old_results_have_a_table_too(copy, capsys):
+    file = copy / "softmax" / "seed0" / "result.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({k: content[k] for k in content if k not in ("support", "visible")}))
+    assert main(["table", str(copy)]) == 0
+    rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines()[4:8]}
+    assert "%" in rows["relumax"] and "%" not in rows["softmax"]
 
 
 def test_official_tasks_are_told_from_others(copy):

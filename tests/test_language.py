@@ -17,7 +17,7 @@ from experiments import text
 from experiments.language import corpus, task
 from experiments.language.config import PRESETS, Sizes, check
 from experiments.language.experiment import EXPERIMENT
-from experiments.language.models import make_model, supports
+from experiments.language.models import make_model
 from experiments.language.objective import by_position, edges, held_out, make_measure
 from experiments.methods import method
 from experiments.runs import command as run_command
@@ -196,25 +196,6 @@ def test_a_transformer_takes_every_method(name):
     assert model.config.kernel == method(name).kernel
     assert model.config.cosine == (name == "norm_relu")
     assert np.isfinite(model(np.zeros((1, 6), np.int32))).all()
-
-
-def test_supports_count_the_keys_of_every_layer_and_head():
-    inputs = np.random.default_rng(0).integers(0, 257, (2, 9))
-    segments = np.array([[1] * 9, [1] * 4 + [2] * 5])
-    # Positions before one, in a row; of segments of 4 and 5.
-    whole, parts = 9 * 8 / 2, 4 * 3 / 2 + 5 * 4 / 2
-    mosaic = make_model("mosaic", "softmax", SIZES, vocab_size=257, block=9)
-    np.testing.assert_allclose(supports(mosaic, inputs), np.full((2, 2), whole / 9))
-    found = supports(mosaic, inputs, segments)
-    np.testing.assert_allclose(found, np.full((2, 2), (whole + parts) / 18))
-    # A Transformer's queries see themselves, too.
-    transformer = make_model("transformer", "softmax", SIZES, vocab_size=257, block=9)
-    np.testing.assert_allclose(supports(transformer, inputs), np.full((2, 2), whole / 9 + 1))
-    sparse = supports(make_model("mosaic", "top2_uniform", SIZES, vocab_size=257, block=9), inputs)
-    np.testing.assert_allclose(sparse, np.full((2, 2), (0 + 1 + 7 * 2) / 9))
-    with pytest.raises(NotImplementedError, match="dense"):
-        dense = {"vocab_size": 257, "block": 9, "compat": "dense"}
-        supports(make_model("mosaic", "norm_relu", SIZES, **dense), inputs)
 
 
 @pytest.mark.parametrize("kind", ["mosaic", "transformer"])

@@ -237,6 +237,10 @@ def test_a_run_is_measured_at_every_length(finished):
         assert 0 <= scores["exact"] <= scores["token_accuracy"] < 1 and scores["loss"] > 0
         assert scores["released_exact"] == scores["exact"]
         assert ("generated_exact" in scores) == (length != "8")
+        # A sequence of L is BOS, L tokens, SEP, L tokens; position n sees n keys.
+        positions = 2 * int(length) + 2
+        assert scores["visible"] == (positions - 1) / 2
+        np.testing.assert_allclose(scores["support"], [[scores["visible"]] * 2])
     record = json.loads((finished / "experiment.json").read_text())
     assert record["benchmark"]["trained_lengths"] == [2, 4]
 
@@ -269,10 +273,13 @@ def test_table_and_figure_come_from_the_folder(finished, tmp_path, capsys):
     changed = result(copy)
     for scores, exact in zip(changed["lengths"].values(), (0.984, 0.5, 0.021), strict=True):
         scores["exact"] = exact
+    changed["lengths"]["6"] |= {"support": [[1.0, 2.0]], "visible": 6.0}
+    # Older results do not have these.
+    del changed["lengths"]["8"]["support"], changed["lengths"]["8"]["visible"]
     (copy / "softmax" / "seed0" / "result.json").write_text(json.dumps(changed))
     assert main(["table", str(copy)]) == 0
     text = capsys.readouterr().out
-    for told in ("4 (ID)", "6 (1.5x)", "8 (2x)", "lengths 2 to 4", "generated"):
+    for told in ("4 (ID)", "6 (1.5x)", "8 (2x)", "lengths 2 to 4", "generated", "1.5 (25 %)"):
         assert told in text
     row = next(line for line in text.splitlines() if line.startswith("| softmax"))
     assert [float(cell) for cell in row.split("|")[3:6]] == [98.4, 50.0, 2.1]

@@ -1,8 +1,12 @@
 """One command an experiment of the paper, and one page of results."""
 
+import base64
+import io
 import json
+import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import toy_experiment
@@ -10,6 +14,7 @@ import training_run
 
 from experiments.__main__ import main
 from experiments.in_context.experiment import EXPERIMENT as IN_CONTEXT
+from experiments.length.experiment import EXPERIMENT as LENGTH
 from experiments.methods import method
 from experiments.paper import EXPERIMENTS, LADDER, Entry
 from experiments.runs import command_line
@@ -18,6 +23,7 @@ from experiments.runs.forecast import forecast
 from experiments.runs.html import to_html
 from experiments.runs.results import Results, Run
 
+EXPERIMENTS_FOLDER = Path(__file__).parents[1] / "experiments"
 TINY = [
     *("--data.train", "10", "--data.validation", "5", "--data.test", "6"),
     *("--data.automata.max-tokens", "24", "--training.epochs", "4"),
@@ -76,6 +82,32 @@ def test_what_is_not_there_is_said(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "What comes later (not in this version)" in " ".join(capsys.readouterr().out.split())
+
+
+def ticked(cell):
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_the_readme_names_the_folders_and_what_is_kept():
+    text = (EXPERIMENTS_FOLDER / "README.md").read_text()
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    _, *claims = [row for row in rows if len(row) == 5 and ticked(row[1])]
+    assert {ticked(row[1])[0].split()[0] for row in claims} == {*EXPERIMENTS}
+    results = EXPERIMENTS_FOLDER / "results"
+    for _, command, folder, _, kept in claims:
+        name, option, preset = ticked(command)[0].split()
+        entry = EXPERIMENTS[name]
+        assert option == "--preset"
+        configs = [command_line.parse(entry.load(), w) for w in entry.commands(preset, [])]
+        wanted = [config.folder.relative_to("runs").as_posix() for config in configs]
+        assert ticked(folder) == wanted
+        assert kept.strip().startswith("nothing") or (results / ticked(kept)[0]).is_dir()
+    named = {ticked(row[0])[0]: row[1] for row in rows if len(row) == 3 and ticked(row[0])}
+    assert named.keys() == {path.name for path in results.iterdir()}
+    for name, commit in named.items():
+        for file in (results / name).glob("*/*/run.json"):
+            sessions = json.loads(file.read_text())["sessions"]
+            assert {session["commit"][:12] for session in sessions} <= {*ticked(commit)}
 
 
 # Reproducing
@@ -140,16 +172,47 @@ def test_a_forecast_reckons_with_what_is_left(tmp_path):
 # The page
 
 
+ATTRIBUTES = {
+    "html": {"lang"},
+    "meta": {"charset", "name", "content"},
+    "table": {"class"},
+    "div": {"class"},
+    "th": {"class"},
+    "td": {"class"},
+    "img": {"alt", "src"},
+}
+PLAIN = {
+    *("head", "title", "style", "body", "h1", "h2", "h3", "p", "section", "ul", "li"),
+    *("thead", "tbody", "tr", "strong", "code", "dl", "dt", "dd"),
+}
+VOID = {"meta", "img"}
+
+
 class Reader(HTMLParser):
+    """Read a page, and refuse what is not well-formed or could reach beyond the page."""
+
     def __init__(self, text):
         super().__init__()
-        self.tags, self.attributes, self.words, self.open = [], [], [], []
+        self.tags, self.attributes, self.words, self.open, self.rows = [], [], [], [], []
         self.feed(text)
+        self.close()
+        assert not self.open
+        assert all(len(set(map(len, rows))) == 1 for rows in self.rows)
 
     def handle_starttag(self, tag, attributes):
+        assert {name for name, _ in attributes} <= ATTRIBUTES.get(tag, set()), tag
+        assert tag in PLAIN or tag in ATTRIBUTES
+        # No block may stand in a paragraph, which it would end.
+        assert "p" not in self.open or tag in ("strong", "code")
         self.tags.append(tag)
         self.attributes += attributes
-        if tag not in ("meta", "img"):
+        if tag == "table":
+            self.rows.append([])
+        elif tag == "tr":
+            self.rows[-1].append([])
+        elif tag in ("td", "th"):
+            self.rows[-1][-1].append(tag)
+        if tag not in VOID:
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -160,16 +223,22 @@ class Reader(HTMLParser):
 
 
 def test_a_page_stands_alone(toy, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    image = pytest.importorskip("matplotlib.image")
     assert main(["reproduce", "toy", "--out", str(tmp_path / "a<b")]) == 0
     assert main(["report", str(tmp_path / "a<b"), "--to", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text()
     page = Reader(text)
-    assert not page.open and "script" not in page.tags and "link" not in page.tags
-    links = [value for name, value in page.attributes if name in ("src", "href")]
-    assert len(links) == 1 and links[0].startswith("data:image/png;base64,iVBOR")
-    assert "http" not in text and "url(" not in text and "color-scheme: light dark" in text
-    assert ("name", "viewport") in page.attributes
+    assert text.startswith("<!DOCTYPE html>")
+    for tag in ("html", "head", "title", "style", "body", "h1"):
+        assert page.tags.count(tag) == 1
+    (source,) = [value for name, value in page.attributes if name == "src"]
+    kind, drawn = source.split(",")
+    assert kind == "data:image/png;base64"
+    pixels = image.imread(io.BytesIO(base64.b64decode(drawn, validate=True)))
+    assert (pixels == image.imread(tmp_path / "a<b" / "figure.png")).all()
+    assert "color-scheme: light dark" in text
+    assert not any(reach in text.replace(drawn, "") for reach in ("http", "//", "url(", "@import"))
+    assert ("name", "viewport") in page.attributes and ("charset", "utf-8") in page.attributes
     words = " ".join(page.words)
     record = json.loads((tmp_path / "a<b" / "softmax" / "seed0" / "run.json").read_text())
     for told in ("softmax", "a<b", "1, seeds 0", record["sessions"][0]["commit"][:12]):
@@ -178,11 +247,25 @@ def test_a_page_stands_alone(toy, tmp_path, capsys):
     refused(["report", str(tmp_path)], capsys, str(tmp_path))
 
 
-def test_published_numbers_are_marked_and_say_where_they_come_from():
-    page = Reader(f"<body>{to_html(IN_CONTEXT.published)}</body>")
-    assert page.attributes.count(("class", "published")) == 2
+@pytest.mark.parametrize(
+    ("experiment", "tables", "told"),
+    [
+        (IN_CONTEXT, 2, (".951/.145", "Read off the pixels", "0.935")),
+        (LENGTH, 4, ("2506.16640", "Second-hand", "doubtful")),
+    ],
+    ids=["icl", "length"],
+)
+def test_published_numbers_are_marked_and_say_where_they_come_from(experiment, tables, told):
+    page = Reader(f"<body>{to_html(experiment.published)}</body>")
+    assert page.attributes.count(("class", "published")) == tables == page.tags.count("table")
     words = " ".join(page.words)
-    assert ".951/.145" in words and "Read off the pixels" in words and "0.935" in words
+    assert all(part in words for part in told)
+
+
+@pytest.mark.parametrize("text", ["<p>a", "<p><ul></ul></p>", "<img src=x onerror=y>", "<b></b>"])
+def test_the_reader_refuses(text):
+    with pytest.raises(AssertionError):
+        Reader(text)
 
 
 def test_runs_of_an_unknown_experiment_are_refused(tmp_path, capsys):

@@ -1,23 +1,19 @@
 """Interrupted runs, bit for bit: killed, stopped, cut into slices, moved between iterators."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import training_run
+from killing import lines, signal_when, start
 from training_run import STEPS, checksums, initial_params, log_without_clock
 
 from kreg.training import load_params
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -29,34 +25,11 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 def _start(directory: Path, pause: float = 0.0) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, training_run.__file__, str(directory), "--pause", str(pause)]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def _signal_when(process: subprocess.Popen, number: int, moment: Callable[[], bool]) -> None:
-    """Wait for a moment of the run, and send it the signal then."""
-    deadline = time.monotonic() + 120
-    while not moment():
-        if process.poll() is not None:
-            pytest.fail(f"the run ended before its moment came: {process.communicate()}")
-        if time.monotonic() > deadline:
-            process.kill()
-            pytest.fail("the moment never came")
-        time.sleep(0.002)
-    process.send_signal(number)
+    return start(training_run.__file__, str(directory), "--pause", str(pause))
 
 
 def _logged(directory: Path) -> int:
-    log = directory / "metrics.jsonl"
-    return log.read_bytes().count(b"\n") if log.exists() else 0
+    return lines(directory / "metrics.jsonl")
 
 
 def _assert_same_run(directory: Path, reference: Path) -> None:
@@ -78,14 +51,14 @@ def test_killed_at_any_moment_it_ends_as_if_nobody_had(tmp_path, uninterrupted):
         ),
     }.items():
         process = _start(directory, pause=0.05)
-        _signal_when(process, signal.SIGKILL, moment)
+        signal_when(process, signal.SIGKILL, moment)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, name
     killed_at = _logged(directory)
     assert 9 <= killed_at < STEPS - 5
 
     process = _start(directory, pause=0.05)
-    _signal_when(process, signal.SIGTERM, lambda: _logged(directory) >= killed_at + 2)
+    signal_when(process, signal.SIGTERM, lambda: _logged(directory) >= killed_at + 2)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     stopped = json.loads(out)

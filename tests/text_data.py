@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 
-def _data(name: str) -> Path:
+def data(name: str) -> Path:
+    """A file or folder of it."""
     folder = os.environ.get("KREG_DATA")
     if not folder:
         pytest.skip("KREG_DATA names no folder of texts")
@@ -19,11 +20,11 @@ def _data(name: str) -> Path:
 
 def tinystories_sample() -> Path:
     """The first 2 MiB of TinyStories' training file."""
-    return _data("tinystories_train_2MiB/tinystories_sample.txt")
+    return data("tinystories_train_2MiB/tinystories_sample.txt")
 
 
 def gpt2_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tiktoken find a copy of its files: it deletes those that it does not like."""
     pytest.importorskip("tiktoken")
-    cache = shutil.copytree(_data("gpt2_bpe/tiktoken_cache"), tmp_path / "tiktoken")
+    cache = shutil.copytree(data("gpt2_bpe/tiktoken_cache"), tmp_path / "tiktoken")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))

@@ -13,9 +13,8 @@ import jax
 
 from experiments.hardware.carry import disk_use, pack, unpack
 from experiments.hardware.deadline import Deadline
-from experiments.hardware.jobs import Job, read_queue, state
+from experiments.hardware.jobs import NO_DATA, Job, read_queue, state
 from experiments.hardware.report import Report, one_line, say
-from experiments.in_context.experiment import EXPERIMENT
 from experiments.runs.results import read_experiment
 
 # Seconds kept back for the last step, its checkpoint and the archive.
@@ -44,7 +43,7 @@ def work_on_queue(report: Report, deadline: Deadline, *, jobs: Path, carry: Path
     broken: dict[str, str] = {}
     report.write("queue", _content(states, broken, folder))
     for job, before in zip(waiting, states, strict=True):
-        if before["state"] == "done":
+        if before["state"] in ("done", NO_DATA):
             continue
         if deadline.left <= 1.5 * RESERVE:
             break
@@ -64,26 +63,29 @@ def _attempt(job: Job, minutes: float, broken: dict[str, str]) -> bool:
     stopped = False
     try:
         config = job.config(minutes)
-        prepare(EXPERIMENT, config)
+        prepare(job.experiment, config)
         # By its time or by a signal: either way the next job has to wait for another slice.
-        stopped = not sweep(EXPERIMENT, config, say)
+        stopped = not sweep(job.experiment, config, say)
     # The other jobs should still get their time.
     except Exception as error:
         broken[job.name] = one_line(error)
         say(f"{job.name}: broken: {broken[job.name]}")
         sys.excepthook(type(error), error, error.__traceback__)
     if any(run.finished for run in job.runs()):
-        text = EXPERIMENT.table(read_experiment(job.folder))
+        text = job.experiment.table(read_experiment(job.folder))
         (job.folder / "table.md").write_text(text)
     return stopped
 
 
 def _states(jobs: list[Job]) -> list[dict[str, Any]]:
-    """How far each job is; one that has not begun is reckoned at the pace of those that have."""
-    states, pace = [], None
+    """How far each job is; one that has not begun is reckoned at its experiment's pace so far."""
+    states: list[dict[str, Any]] = []
+    paces: dict[str, float] = {}
     for job in jobs:
-        states.append(state(job, pace))
-        pace = states[-1]["steps_per_second"] or pace
+        kind = job.experiment.name
+        states.append(state(job, paces.get(kind)))
+        if pace := states[-1]["steps_per_second"]:
+            paces[kind] = pace
     return states
 
 
@@ -119,6 +121,8 @@ def _conclude(
             f"{s['name']}: {s['state']}, {s['runs_done']} of {s['runs']} runs, step "
             f"{s['steps_done']:,} of {s['steps']:,}{pace}, left: {hours}"
         )
+        if s["state"] == NO_DATA:
+            say(f"  {s['missing']}")
     archive = report.out / "carry.tar.gz"
     size = pack(folder, archive)
     content = _content(states, broken, folder)

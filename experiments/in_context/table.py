@@ -3,22 +3,34 @@
 from experiments.in_context.published import MEMORY_MOSAICS, SOURCE
 from experiments.regbench import AutomataConfig
 from experiments.runs.results import Results, Run
-from experiments.runs.tables import COST_HEADS, cost_cells, spread, table, unfinished
+from experiments.runs.tables import (
+    COST_HEADS,
+    SUPPORT_HEAD,
+    SUPPORT_MEANING,
+    cost_cells,
+    grid,
+    spread,
+    support_cell,
+    table,
+    unfinished,
+)
 
-HEADER = ("method", "seeds", "accuracy", "TVD", "KL", *COST_HEADS)
+HEADER = ("method", "seeds", "accuracy", "TVD", "KL", SUPPORT_HEAD, *COST_HEADS)
 
 
 def markdown(found: Results) -> str:
     """Return the table: methods, n-gram baselines, published numbers, what is unfinished."""
-    rows = [_method_row(name, runs) for name, runs in found.by_method().items()]
+    groups = found.by_method()
+    rows = [_method_row(name, runs) for name, runs in groups.items()]
     rows += [
-        (name, "", *(f"{values[key]:.3f}" for key in ("accuracy", "tvd", "kl")), "", "", "")
+        (name, "", *(f"{values[key]:.3f}" for key in ("accuracy", "tvd", "kl")), *[""] * 4)
         for name, values in found.baselines.items()
     ]
     parts = [
         f"## In-context learning of unseen automata: {title(found)}",
         _caption(found),
         table(HEADER, rows),
+        *grid(groups, "TVD", lambda runs: _score(runs, "tvd")),
         _published(found),
     ]
     training = found.experiment["training"]
@@ -46,8 +58,13 @@ def is_official(found: Results) -> bool:
 
 
 def _method_row(name: str, runs: list[Run]) -> tuple[str, ...]:
-    scores = (spread([run.result[key] for run in runs]) for key in ("accuracy", "tvd", "kl"))
-    return (name, str(len(runs)), *scores, *cost_cells(runs))
+    scores = (_score(runs, key) for key in ("accuracy", "tvd", "kl"))
+    support = support_cell([run.result for run in runs])
+    return (name, str(len(runs)), *scores, support, *cost_cells(runs))
+
+
+def _score(runs: list[Run], key: str) -> str:
+    return spread([run.result[key] for run in runs])
 
 
 def _caption(found: Results) -> str:
@@ -71,6 +88,7 @@ def _caption(found: Results) -> str:
         + (f", {runs[0].result['parameters']:,} parameters" if runs else ""),
         "Accuracy: share of positions whose likeliest symbol is legal; TVD: total variation "
         "distance to the automaton's distribution; mean ± standard deviation over seeds",
+        SUPPORT_MEANING,
         "The n-grams (with back-off) read the same positions",
     )
     return ". ".join(sentences) + "."

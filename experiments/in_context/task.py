@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from experiments import supports
 from experiments.in_context.config import Config, Model
 from experiments.in_context.objective import (
     Rows,
@@ -84,6 +87,12 @@ def _program(
 
     measure = make_measure(apply)
 
+    @jax.jit
+    def count(params: PyTree[Array], batch: dict[str, Array]) -> supports.Counts:
+        places = jnp.arange(batch["tokens"].shape[1])[None]
+        inside = places < batch["lengths"][:, None]
+        return supports.count(nnx.merge(graph, params), batch["tokens"], inside=inside)
+
     def init(seed: int) -> PyTree[Array]:
         return nnx.to_pure_dict(nnx.state(make_model(name, sizes, compat, seed), nnx.Param))
 
@@ -96,7 +105,12 @@ def _program(
         return {name: found[name] for name in ("loss", "tvd", "accuracy", "kl")}
 
     def test(params: PyTree[Array], data: Data) -> dict[str, Any]:
-        return evaluate(measure, params, data.test)
+        rows = data.test[: -(-supports.ROWS // data.batch_size)]
+        try:
+            found = supports.summary(jax.device_get([count(params, batch) for batch in rows]))
+        except NotImplementedError:
+            found = {}
+        return evaluate(measure, params, data.test) | found
 
     return Program(init, make_loss(apply), optimizer, validate, test)
 

@@ -144,7 +144,7 @@ class Config:
         return self.training.steps * self.training.accumulate
 
     def dataset(self) -> corpus.Source:
-        """The documents that the options name; ValueError where they are not there."""
+        """The documents that the options name; DataError where they are not there."""
         text = self.text
         return corpus.Source.of(
             self.data,
@@ -223,5 +223,6 @@ def check(config: Config) -> None:
         raise ValueError(f"--text.held-out: expected between 0 and 1, got {config.text.held_out}")
     if config.compat and config.model != "mosaic":
         raise ValueError(f"--compat: expected none with --model {config.model}")
-    corpus.check_tokenizer(config.text.tokenizer, config.text.ngrams)
+    # First what is on the disk: a tokenizer may be looked for in the network.
     config.dataset()
+    corpus.check_tokenizer(config.text.tokenizer, config.text.ngrams)

@@ -44,7 +44,7 @@ class Source:
         """Find the documents of --data.
 
         Raises:
-            ValueError: they are not there; the message says what was looked for.
+            DataError: they are not there; the message says what was looked for.
         """
         kind, path = parse(name)
         try:
@@ -57,7 +57,7 @@ class Source:
             else:
                 dataset = OFFICIAL[kind](path)
         except ValueError as error:
-            raise ValueError(f"--data: {error}") from error
+            raise DataError(f"--data: {error}") from error
         described = json.dumps(dataset.fingerprint(), sort_keys=True)
         return cls(dataset, hashlib.sha256(described.encode()).hexdigest())
 
@@ -74,9 +74,12 @@ def _holds(file: Path, word: bytes) -> bool:
 
 
 def check_tokenizer(name: str, ngrams: tuple[int, ...]) -> None:
-    """Raise ValueError where a tokenizer's files are missing, or n-grams are too long for it."""
+    """Raise DataError where a tokenizer is missing, ValueError for n-grams too long for it."""
     tokenizer = text.TOKENIZERS[name]
-    tokenizer.encode(["a"])
+    try:
+        tokenizer.encode(["a"])
+    except ValueError as error:
+        raise DataError(str(error)) from error
     for order in ngrams:
         if order < 1 or tokenizer.vocab_size**order > 2**64:
             raise ValueError(

@@ -1,21 +1,13 @@
-"""The models of a method, and how many keys answer their queries.
-
-Axes: B windows, T positions, L layers, N heads.
-"""
+"""The models of a method."""
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
 import kreg
 from experiments.language.config import Sizes
 from experiments.methods import method
 from kreg.nn import MemoryMosaic, MosaicConfig, Transformer, TransformerConfig
-from kreg.nn.features import document_index
-from kreg.nn.self_attention import places
 
 type Model = MemoryMosaic | Transformer
 
@@ -60,31 +52,3 @@ def make_model(
         **shared,
     )
     return Transformer(config, rngs=rngs)
-
-
-def supports(
-    model: Model, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
-) -> Float[Array, "L N"]:
-    """Average over all positions how many keys have weight in each layer and head; no dropout.
-
-    Raises:
-        NotImplementedError: norm_relu with compat "dense", which has no support.
-    """
-    documents = None if segment_ids is None else document_index(segment_ids)
-    where = places(tokens.shape[1], segment_ids)
-
-    def mosaic(x, block):
-        stats = block.contextual.stats(block.contextual_norm(x).astype(x.dtype), documents)
-        return block(x, documents).astype(x.dtype), stats.support
-
-    def transformer(x, block):
-        stats = block.attention.stats(block.attention_norm(x).astype(x.dtype), where)
-        return block(x, where).astype(x.dtype), stats.support
-
-    x = model.embedding[...][tokens]
-    if isinstance(model, MemoryMosaic):
-        _, found = jax.lax.scan(mosaic, x, model.blocks)
-    else:
-        x = x if model.positions is None else x + model.positions[...][where.position]
-        _, found = jax.lax.scan(transformer, x, model.blocks)
-    return jnp.mean(found.astype(jnp.float32), axis=(1, 2))

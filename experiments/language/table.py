@@ -4,9 +4,19 @@ import statistics
 from typing import Any
 
 from experiments.runs.results import Results, Run
-from experiments.runs.tables import COST_HEADS, cost_cells, spread, table, unfinished
+from experiments.runs.tables import (
+    COST_HEADS,
+    SUPPORT_HEAD,
+    SUPPORT_MEANING,
+    cost_cells,
+    grid,
+    spread,
+    support_cell,
+    table,
+    unfinished,
+)
 
-HEADER = ("method", "seeds", "loss", "perplexity", "bits per byte", "keys in use", *COST_HEADS)
+HEADER = ("method", "seeds", "loss", "perplexity", "bits per byte", SUPPORT_HEAD, *COST_HEADS)
 MODELS = {"mosaic": "Memory Mosaics", "transformer": "Transformer"}
 
 
@@ -19,6 +29,7 @@ def markdown(found: Results) -> str:
         f"## Language modelling: {title(found)}",
         _caption(found),
         table(HEADER, rows),
+        *grid(methods, "Loss", lambda runs: _scores([run.result for run in runs])[0]),
         *_against(found),
         *_supports(methods),
     ]
@@ -42,9 +53,7 @@ def where(found: Results) -> str:
 
 def _method_row(name: str, runs: list[Run]) -> tuple[str, ...]:
     results = [run.result for run in runs]
-    supports = [_flat_mean(result["support"]) for result in results if result["support"]]
-    keys = f"{statistics.fmean(supports):.1f}" if supports else ""
-    return (name, str(len(runs)), *_scores(results), keys, *cost_cells(runs))
+    return (name, str(len(runs)), *_scores(results), support_cell(results), *cost_cells(runs))
 
 
 def _scores(results: list[dict[str, Any]]) -> tuple[str, str, str]:
@@ -52,10 +61,6 @@ def _scores(results: list[dict[str, Any]]) -> tuple[str, str, str]:
         return spread([result[key] for result in results], digits)
 
     return column("loss", 4), column("perplexity", 3), column("bits_per_byte", 4)
-
-
-def _flat_mean(support: list[list[float]]) -> float:
-    return statistics.fmean(value for layer in support for value in layer)
 
 
 def _against(found: Results) -> list[str]:
@@ -108,8 +113,7 @@ def _caption(found: Results) -> str:
         f"{MODELS[about['model']]} (layers {sizes['layers']}, heads {sizes['heads']}, width "
         f"{sizes['width']}{slots})"
         + (f", {runs[0].result['parameters']:,} parameters" if runs else ""),
-        "Keys in use: how many have weight in the contextual attention, mean over positions, heads "
-        "and layers",
+        SUPPORT_MEANING,
         "The n-grams (interpolated Kneser-Ney) learn from the same training tokens"
         + ("" if packed else ", and know what stands before a window, which a model does not"),
     )

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
-from experiments import text
+from experiments import supports, text
 from experiments.language import corpus
 from experiments.language.config import Config, Sizes, Training
-from experiments.language.models import make_model, supports
+from experiments.language.models import make_model
 from experiments.language.objective import (
     by_position,
     edges,
@@ -30,9 +30,6 @@ from experiments.runs.task import Program, Task, matrix_decay, operations
 from kreg.training import batches, decay_matrices
 from kreg.training.data import Batch, BatchIterator, Source
 from kreg.training.optimizer import names
-
-# Rows of the validation set whose support is counted.
-SUPPORT_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +127,9 @@ def _program(
     measure = make_measure(apply)
 
     @jax.jit
-    def count(params, batch: dict[str, Array]) -> Float[Array, "L N"]:
+    def count(params, batch: dict[str, Array]) -> supports.Counts:
         built = nnx.merge(graph, narrow(params))
-        return supports(built, batch["tokens"], batch.get("segment_ids"))
+        return supports.count(built, batch["tokens"], batch.get("segment_ids"))
 
     def init(seed: int) -> PyTree[Array]:
         return nnx.to_pure_dict(nnx.state(model(seed), nnx.Param))
@@ -150,11 +147,14 @@ def _program(
         # A short validation set does not reach far.
         reached = int(np.flatnonzero(found.counts).max()) + 1
         bins = edges(reached)
-        return data.judged(float(found.sums.sum()), int(found.counts.sum())) | {
-            "edges": bins,
-            "by_position": found.binned(bins).tolist(),
-            "support": _support(count, params, data),
-        }
+        return (
+            data.judged(float(found.sums.sum()), int(found.counts.sum()))
+            | {
+                "edges": bins,
+                "by_position": found.binned(bins).tolist(),
+            }
+            | _support(count, params, data)
+        )
 
     return Program(init, make_loss(apply), optimizer, validate, test)
 
@@ -169,19 +169,21 @@ def _cast(params: PyTree[Array], dtype: jnp.dtype) -> PyTree[Array]:
     )
 
 
-def _support(count: Any, params: PyTree[Array], data: Data) -> list[list[float]]:
+def _support(count: Any, params: PyTree[Array], data: Data) -> dict[str, Any]:
     """Average the support over the first rows; [] where a method has none."""
-    size = min(SUPPORT_ROWS, len(data.rows), data.batch_size)
-    rows = [data.rows[index] for index in range(min(SUPPORT_ROWS, len(data.rows)))]
+    size = min(supports.ROWS, len(data.rows), data.batch_size)
+    rows = [data.rows[index] for index in range(min(supports.ROWS, len(data.rows)))]
     whole = len(rows) // size * size
     try:
         found = [
-            np.asarray(count(params, pad_to(size, data.validation.end)(rows[start : start + size])))
+            jax.device_get(
+                count(params, pad_to(size, data.validation.end)(rows[start : start + size]))
+            )
             for start in range(0, whole, size)
         ]
     except NotImplementedError:
-        return []
-    return np.mean(found, axis=0).round(3).tolist()
+        return {"support": []}
+    return supports.summary(found)
 
 
 def _batches(config: Config, data: Data, seed: int) -> BatchIterator:

@@ -4,7 +4,7 @@ Axes: B sequences, T positions.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from experiments import supports
 from experiments.length.model import Apply, Model
 from experiments.length_tasks import IGNORED, MQMTAR, Encoded, Layout, Task, host_batch, metrics
 from experiments.length_tasks.layout import prompts
@@ -78,27 +79,45 @@ def measure_length(
     """
     width = layout.width(task.at(length))
     size = batch_size(samples, width, positions)
+    where: dict[str, Any] = {"seed": seed, "split": split, "length": length, "widths": (width,)}
+    chunks = _chunks(samples, size)
+    batches = (host_batch(task, layout, indices=rows, **where) for rows in chunks)
+    return scores(measure, params, batches)
+
+
+def scores(measure: Measure, params: PyTree[Array], batches: Iterable[Encoded]) -> dict[str, float]:
+    """Return what `measure_length` does, of given batches, at least one."""
     totals: Any = None
-    for start in range(0, samples, size):
-        batch = host_batch(
-            task,
-            layout,
-            seed=seed,
-            split=split,
-            indices=range(start, start + size),
-            length=length,
-            widths=(width,),
-        )
+    for batch in batches:
         found = jax.device_get(measure(params, batch))
         totals = found if totals is None else add(totals, found)
-    scores = {"loss": float(totals["loss"] / totals["labels"])} | totals["forced"].rates()
+    told = {"loss": float(totals["loss"] / totals["labels"])} | totals["forced"].rates()
     if "released" in totals:
-        scores["released_exact"] = totals["released"].rates()["exact"]
+        told["released_exact"] = totals["released"].rates()["exact"]
     if "recall" in totals:
         recall = totals["recall"].rates()
-        scores["released_exact"] = recall["exact"]
-        scores["associative_recall"] = recall["associative_recall"]
-    return scores
+        told["released_exact"] = recall["exact"]
+        told["associative_recall"] = recall["associative_recall"]
+    return told
+
+
+def support_length(
+    count: Callable[..., supports.Counts],
+    params: PyTree[Array],
+    task: Task,
+    layout: Layout,
+    *,
+    length: int,
+    split: str,
+    seed: int,
+    samples: int,
+    positions: int,
+) -> dict[str, Any]:
+    """Return how many keys have weight at one length, and how many a query sees."""
+    size = batch_size(samples, layout.width(task.at(length)), positions)
+    where: dict[str, Any] = {"seed": seed, "split": split, "length": length}
+    batches = (host_batch(task, layout, indices=rows, **where) for rows in _chunks(samples, size))
+    return supports.summary([jax.device_get(count(params, batch.inputs)) for batch in batches])
 
 
 def generate_length(

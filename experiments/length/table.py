@@ -1,9 +1,20 @@
 """The table of an experiment in Markdown, from its folder alone."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from experiments.runs.results import Results, Run
-from experiments.runs.tables import COST_HEADS, cost_cells, spread, table, unfinished
+from experiments.runs.tables import (
+    COST_HEADS,
+    SUPPORT_HEAD,
+    SUPPORT_MEANING,
+    cost_cells,
+    grid,
+    spread,
+    support_cell,
+    table,
+    unfinished,
+)
 
 # What the second table tells of a length, by the key of a result.
 DETAILS = {
@@ -29,6 +40,7 @@ def markdown(found: Results) -> str:
         f"## Length generalisation: {title(found)}",
         _caption(found),
         table(heads, rows),
+        *_grid(found, groups, lengths),
         *_details(groups, lengths),
     ]
     return "\n\n".join([*parts, *unfinished(found, found.experiment["training"]["steps"])]) + "\n"
@@ -50,10 +62,14 @@ def length_name(found: Results, length: int) -> str:
     return f"{length:,} (ID)" if multiple == 1 else f"{length:,} ({multiple:g}x)"
 
 
+def at(runs: Sequence[Run], length: int) -> list[dict[str, Any]]:
+    """Return the scores of the runs at a length."""
+    return [run.result["lengths"].get(str(length), {}) for run in runs]
+
+
 def values(runs: Sequence[Run], length: int, key: str) -> list[float]:
     """Return a score of the runs at a length: of those that have it."""
-    found = (run.result["lengths"].get(str(length), {}) for run in runs)
-    return [scores[key] for scores in found if key in scores]
+    return [scores[key] for scores in at(runs, length) if key in scores]
 
 
 def cell(runs: Sequence[Run], length: int, key: str) -> str:
@@ -63,18 +79,26 @@ def cell(runs: Sequence[Run], length: int, key: str) -> str:
     return spread([100 * x for x in numbers], digits=1)
 
 
+def _grid(found: Results, groups: dict[str, list[Run]], lengths: Sequence[int]) -> list[str]:
+    """Kernels by rules at the first length beyond the trained ones."""
+    longest = found.benchmark["trained_lengths"][1]
+    beyond = next((n for n in lengths if n > longest), lengths[-1])
+    score = f"Exact match in % at {length_name(found, beyond)}"
+    return grid(groups, score, lambda runs: cell(runs, beyond, "exact"))
+
+
 def _details(groups: dict[str, list[Run]], lengths: Sequence[int]) -> list[str]:
-    """A row a method and length: the scores that any run has."""
+    """A row a method and length: the scores that any run has, and the keys in use."""
     everything = [run for runs in groups.values() for run in runs]
     keys = [key for key in DETAILS if any(values(everything, n, key) for n in lengths)]
     if not keys:
         return []
     rows = [
-        (name, f"{n:,}", *(cell(runs, n, key) for key in keys))
+        (name, f"{n:,}", *(cell(runs, n, key) for key in keys), support_cell(at(runs, n)))
         for name, runs in groups.items()
         for n in lengths
     ]
-    return [table(("method", "length", *(DETAILS[key] for key in keys)), rows)]
+    return [table(("method", "length", *(DETAILS[key] for key in keys), SUPPORT_HEAD), rows)]
 
 
 def _caption(found: Results) -> str:
@@ -91,5 +115,6 @@ def _caption(found: Results) -> str:
         + (f", {runs[0].result['parameters']:,} parameters" if runs else ""),
         "The checkpoint is that of the lowest loss at the longest training length",
         "generated: greedy, all target tokens and then EOS",
+        SUPPORT_MEANING,
     )
     return ". ".join(sentences) + "."

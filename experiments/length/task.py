@@ -8,15 +8,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from experiments import supports
 from experiments.length.batches import Keys
 from experiments.length.config import Config
-from experiments.length.evaluate import generate_length, make_measure, measure_length
+from experiments.length.evaluate import (
+    generate_length,
+    make_measure,
+    measure_length,
+    support_length,
+)
 from experiments.length.model import applier, initial, merger
 from experiments.length.tasks import task_of
 from experiments.length_tasks import IGNORED, asentmax_layout, device_batch
 from experiments.runs.task import Program, Task, matrix_decay, operations
 from kreg.training import mean_token_cross_entropy
 from kreg.training.data import BatchIterator
+
+# Sequences of each length whose supports are counted: all their queries, so a few will do.
+SUPPORT_SAMPLES = 8
 
 
 def _build(config: Config, name: str) -> Program:
@@ -35,6 +44,7 @@ def _program(config: Config, name: str) -> Program:
     merge = merger(config, name, layout)
     apply = applier(merge, layout, drops=config.sizes.dropout > 0)
     measure = make_measure(apply, task, layout)
+    count = jax.jit(lambda params, tokens: supports.count(merge(params), tokens))
 
     def loss(params: PyTree[Array], batch: dict[str, Array], key: Array):
         drawn: Any = device_batch(
@@ -65,6 +75,8 @@ def _program(config: Config, name: str) -> Program:
             where: dict[str, Any] = {"length": length, "split": f"test_{length}", "seed": seed}
             where |= {"positions": testing.positions}
             scores = measure_length(measure, params, task, layout, samples=testing.samples, **where)
+            few = min(SUPPORT_SAMPLES, testing.samples)
+            scores |= support_length(count, params, task, layout, samples=few, **where)
             if number < testing.generated_lengths:
                 few = min(testing.generated, testing.samples)
                 scores |= generate_length(model, task, layout, samples=few, **where)

@@ -17,6 +17,7 @@ from experiments.regbench.automata import Automata as Automata
 from experiments.regbench.benchmark import Benchmark as Benchmark
 from experiments.regbench.benchmark import make_split as make_split
 from experiments.regbench.config import AutomataConfig as AutomataConfig
+from experiments.regbench.files import read_instances as read_instances
 from experiments.regbench.instances import Instances as Instances
 from experiments.regbench.metrics import LoopScore as LoopScore
 from experiments.regbench.metrics import Score as Score

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class DataError(ValueError):
-    """Say that the data that a command names cannot be used, which only reading them shows."""
+    """Say that the data that a command names are not there, or cannot be used."""
 
 
 class Training(Protocol):
@@ -83,7 +83,8 @@ class Experiment[C: Config]:
     Args:
         name: `python -m experiments.NAME` is its command.
         presets: what the options start from, by name; the first one is the default.
-        check: raise ValueError for a config that no run could start with.
+        check: raise ValueError for a config that no run could start with, DataError where that is
+            for want of data.
         scores: keys that every result must have, besides steps and seconds.
         table: Markdown, from what a folder holds.
         draw: write the figure as `stem`.png and `stem`.pdf; ValueError where it cannot be drawn.

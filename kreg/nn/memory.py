@@ -127,6 +127,11 @@ class ContextualMemory(nnx.Module):
             dropout_key=dropout_key,
         )
 
+    @property
+    def delay(self) -> int:
+        """How many positions a query is later than the newest key that it sees."""
+        return self._method(self.kernel_beta[...]).delay
+
     def stats(self, x: Float[Array, "B T C"], documents: Int[Array, "B T"] | None = None) -> Stats:
         """Say of every position and head, each [B, T, N], how many pairs answer it, and the like.
 
