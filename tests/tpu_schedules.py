@@ -5,10 +5,11 @@ Compiles them for every generation and writes a table beside this file, as JSON 
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +18,42 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import tpus
-from toy_tpu_kernel import listed_products
+
+import kreg
+
+# Instructions and spills hang on these.
+PROGRAMS: dict[str, dict[str, Any]] = {
+    "width 64": {"width": 64},
+    "width 128": {"width": 128},
+    "width 64, float32": {"width": 64, "dtype": jnp.float32},
+    "width 64, order 2.5": {"width": 64, "kernel": kreg.rectified_polynomial(2.5)},
+    "width 64, anchored": {"width": 64, "bandwidth": kreg.Anchored()},
+}
 
 
-def toy() -> tuple[Any, ...]:
-    """Three tiles of queries, as many keys as no fast memory holds."""
-    lists = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3,), (3, 1, 1024))]
-    query, keys = (jax.ShapeDtypeStruct((n, 128), jnp.bfloat16) for n in (384, 2**20))
-    return listed_products, *lists, query, keys
+def attention(width, length=2048, dtype=jnp.bfloat16, heads=2, key_heads=1, **options):
+    """Attention with its gradients, and the shapes of its arguments."""
+    options = {"implementation": "mosaic_tpu", "is_causal": True} | options
+    query, key = (jax.ShapeDtypeStruct((1, length, n, width), dtype) for n in (heads, key_heads))
 
+    def both(query, key, value, dout):
+        attend = functools.partial(kreg.attention, **options)
+        out, pull = jax.vjp(attend, query, key, value)
+        return out, pull(dout)
 
-# Functions and the shapes of their arguments.
-PROGRAMS: dict[str, Callable[[], tuple[Any, ...]]] = {"toy": toy}
+    return both, query, key, key, query
 
 
 def schedules(
-    programs: Mapping[str, Callable[[], tuple[Any, ...]]],
+    programs: Mapping[str, dict[str, Any]],
     generations: Iterable[str] = tuple(tpus.GENERATIONS),
 ) -> list[dict[str, Any]]:
     """A row for each kernel of each program, for each generation."""
     return [
         {"program": program, "generation": generation} | dataclasses.asdict(kernel)
-        for program, made in programs.items()
+        for program, options in programs.items()
         for generation in generations
-        for kernel in tpus.compiled(*made(), generation=generation).kernels
+        for kernel in tpus.compiled(*attention(**options), generation=generation).kernels
     ]
 
 
