@@ -8,9 +8,10 @@ PYTEST_ARGS ?= -n auto --maxprocesses=4 --durations=15
 METHODS = softmax epanechnikov biweight triweight norm_relu relumax
 PY = .venv/bin/python
 BOOTSTRAP = $(PYTHON) .ci/bootstrap.py
+AOT = tests/test_aot_gpu.py tests/test_aot_tpu.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce test slow nightly bench core aot aot-oldest lint format figures hardware pins clean
+.PHONY: help demo reproduce test slow nightly bench core aot aot-oldest schedules lint format figures hardware pins clean
 
 help:
 	@echo "kreg: attention as kernel regression. No set-up is needed: each command installs what it needs"
@@ -24,7 +25,7 @@ help:
 	@echo "  make test      the tests; one file: make test ARGS=tests/test_package.py; make slow: the rest"
 	@echo "  make lint      ruff and pyrefly; make format rewrites the files"
 	@echo "  make bench     kreg's speed beside jax.nn, PyTorch and entmax (the latter where installed)"
-	@echo "  make aot       the GPU kernels compiled to machine code; needs no GPU, but its compilers"
+	@echo "  make aot       the kernels compiled for GPUs and TPUs; needs their compilers, none of them"
 	@echo "  make hardware  on a machine with a GPU or TPU: tests, timings, the next slice of the long runs"
 	@echo "                 PART=contract|kernels|timing|queue: one part; ARGS=\"--results experiments/results\""
 	@echo "                 keeps the small files, and goes on from what they hold"
@@ -67,9 +68,9 @@ nightly:
 	@$(BOOTSTRAP) user aot
 	@(XLA_FLAGS= KREG_CASES=2000 $(PY) -m pytest tests/test_contract.py -v $(ARGS) && \
 		XLA_FLAGS= $(PY) -m pytest -m slow --ignore tests/test_mosaic_gpu.py --ignore tests/test_mosaic_gpu_short.py \
-			--ignore tests/test_aot_gpu.py $(PYTEST_ARGS) $(ARGS) && \
+			--ignore tests/test_aot_gpu.py --ignore tests/test_aot_tpu.py $(PYTEST_ARGS) $(ARGS) && \
 		$(PY) -m pytest tests/test_mosaic_gpu.py tests/test_mosaic_gpu_short.py -v $(PYTEST_ARGS) $(ARGS) && \
-		KREG_AOT=1 .venv-aot/bin/python -m pytest tests/test_aot_gpu.py -v $(PYTEST_ARGS) $(ARGS)) \
+		KREG_AOT=1 .venv-aot/bin/python -m pytest $(AOT) -v $(PYTEST_ARGS) $(ARGS)) \
 		> tests/nightly.log; \
 		status=$$?; git rev-parse HEAD >> tests/nightly.log; tail -n 4 tests/nightly.log; exit $$status
 
@@ -78,15 +79,19 @@ core:
 	@$(BOOTSTRAP) oldest
 	@.venv-oldest/bin/python -m pytest -m "core and not slow" $(PYTEST_ARGS) $(ARGS)
 
-# Kernels compiled for GPUs that are not there; ARGS="-m aot" for all of them.
+# Kernels compiled for GPUs and TPUs that are not there; ARGS="-m aot" for all of them.
 aot:
 	@$(BOOTSTRAP) aot
-	@KREG_AOT=1 .venv-aot/bin/python -m pytest tests/test_aot_gpu.py -m "aot and not slow" $(PYTEST_ARGS) $(ARGS)
+	@KREG_AOT=1 .venv-aot/bin/python -m pytest $(AOT) -m "aot and not slow" $(PYTEST_ARGS) $(ARGS)
 
 aot-oldest:
 	@$(BOOTSTRAP) aot-oldest
-	@KREG_AOT=1 .venv-aot-oldest/bin/python -m pytest tests/test_aot_gpu.py \
-		-m "aot and not slow" $(PYTEST_ARGS) $(ARGS)
+	@KREG_AOT=1 .venv-aot-oldest/bin/python -m pytest $(AOT) -m "aot and not slow" $(PYTEST_ARGS) $(ARGS)
+
+# Instructions and spills of the TPU kernels, for every generation: a table in tests/.
+schedules:
+	@$(BOOTSTRAP) aot
+	@KREG_AOT=1 .venv-aot/bin/python tests/tpu_schedules.py $(ARGS)
 
 lint:
 	@$(BOOTSTRAP) user lint

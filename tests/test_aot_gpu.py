@@ -6,14 +6,11 @@ import h200
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from mosaic_steps import mosaic_step
 
 import kreg
-from kreg import training
-from kreg.nn import MemoryMosaic, MosaicConfig
 
 pytestmark = pytest.mark.aot
 
@@ -148,25 +145,7 @@ def test_a_program_for_hopper_has_the_kernels_without_naming_them():
 )
 def test_train_steps_of_mosaics_compile_with_the_kernels(length, heads, width, documents):
     """Kernels for the contextual memory, dropout and all; the persistent one is a softmax."""
-    config = MosaicConfig(
-        vocab_size=64, num_layers=1, num_heads=heads, embed_dim=width, memory_size=64
-    )
-    graph, params = nnx.split(
-        nnx.eval_shape(lambda: MemoryMosaic(config, rngs=nnx.Rngs(0))), nnx.Param
-    )
-
-    def loss_of(params, tokens, key):
-        segments = tokens // 16 if documents else None
-        logits = nnx.merge(graph, params)(tokens, dropout_key=key, segment_ids=segments)
-        return training.mean_token_cross_entropy(logits, tokens, ignore=-1)
-
-    tx = optax.adamw(1e-3)
-    step = training.make_step(
-        lambda params, batch, key: (loss_of(params, batch, key), {}),
-        tx,
-        compute_dtype=jnp.bfloat16,
-    )
-    state = jax.eval_shape(lambda p: training.init_state(p, tx, jax.random.key(0)), params)
+    step, state = mosaic_step(num_heads=heads, embed_dim=width, documents=documents)
     tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
     with for_hopper():
         program = h200.compiled(step, state, tokens)

@@ -25,16 +25,18 @@ class Sizes(NamedTuple):
 
 
 _MIB = 2**20
-# Matrix units of v4 and v5 multiply 128 x 128 at once, later ones 256 x 256. Scores of a block of
-# 256 take a kilobyte a key. Of vector memory v4 has 16 MiB, v5e and v6e 128, v5p and v7x 64.
-_OLD = Sizes(block=256, piece=128, pieces=4, scores=4 * _MIB)
-_NEW = Sizes(block=256, piece=256, pieces=4, scores=32 * _MIB, memory=64 * _MIB)
+# Pieces of 256 keys suit the matrix units of v6e and v7x better, but there spill up to ten times as
+# many registers (`make schedules`). Scores of a block take a kilobyte a key; of vector memory v4
+# has 16 MiB, v5e and v6e 128, v5p and v7x 64.
+_SMALL = Sizes(block=256, piece=128, pieces=4, scores=4 * _MIB)
+_MIDDLE = _SMALL._replace(scores=16 * _MIB, memory=40 * _MIB)
+_LARGE = _SMALL._replace(scores=32 * _MIB, memory=64 * _MIB)
 _OF_DEVICES = {
-    "TPU v4": _OLD,
-    "TPU v5 lite": _OLD._replace(scores=32 * _MIB, memory=64 * _MIB),
-    "TPU v5": _OLD._replace(scores=16 * _MIB, memory=40 * _MIB),
-    "TPU v6 lite": _NEW,
-    "TPU7x": _NEW._replace(scores=16 * _MIB, memory=40 * _MIB),
+    "TPU v4": _SMALL,
+    "TPU v5 lite": _LARGE,
+    "TPU v5": _MIDDLE,
+    "TPU v6 lite": _LARGE,
+    "TPU7x": _MIDDLE,
 }
 _OTHER_NAMES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite",
                 "TPU7": "TPU7x"}  # fmt: skip
