@@ -83,7 +83,7 @@ def check(implementation: str | None) -> None:
 def choose(problem: Problem) -> tuple[str, str]:
     """Chooses kernels where there are some for the device and the problem, else by size."""
     device = device_kind()
-    name = _kernels_for(device)
+    name = kernels_for(device)
     if name is None:
         return _portable(problem)
     if any(problem.sizes[axis] < least for axis, least in _LEAST.items()):
@@ -97,12 +97,6 @@ def choose(problem: Problem) -> tuple[str, str]:
     return name, f"{why}; {reason}"
 
 
-def _kernels_for(device: str) -> str | None:
-    if is_hopper(device):
-        return "mosaic_gpu"
-    return "mosaic_tpu" if device.startswith("TPU") else None
-
-
 def _portable(problem: Problem) -> tuple[str, str]:
     """Chooses by size: dense while the scores are small, in blocks of queries beyond."""
     sizes = problem.sizes
@@ -114,6 +108,13 @@ def _portable(problem: Problem) -> tuple[str, str]:
     if size <= limit:
         return "reference", f"dense is fastest: {what}"
     return "xla", f"blocks of queries are faster, in memory linear in length: {what}"
+
+
+def kernels_for(device: str) -> str | None:
+    """The implementation by kernels for a kind of device, None where there is none."""
+    if is_hopper(device):
+        return "mosaic_gpu"
+    return "mosaic_tpu" if device.startswith("TPU") else None
 
 
 def is_hopper(device: str) -> bool:

@@ -39,8 +39,8 @@ class Found(NamedTuple):
     """Output and what the backward pass needs.
 
     out: sum of the powers r times values, over the sum of the powers. lower: the same with powers
-    r - 1. live: which tiles have weight, work: how many were looked at; both as the kernels have
-    them.
+    r - 1. live: which tiles have weight, bits; work: how many were looked at, the first pass first;
+    both as the kernels have them.
     """
 
     out: Float[Array, "B T N V"]
@@ -95,6 +95,11 @@ class Attention:
     def found(self, problem: Problem) -> Found:
         """What the forward kernel finds."""
         return self._call(*self._separate(problem))[1]
+
+    def live_share(self, problem: Problem) -> Float[Array, ""]:
+        """Share of the tiles that have weight, of those that are looked at to find them."""
+        found = self.found(problem)
+        return jnp.sum(lax.population_count(found.live)) / jnp.sum(found.work[..., 0])
 
     def _separate(self, problem: Problem) -> tuple[Inputs, Problem]:
         reason = self.declined(problem)

@@ -139,11 +139,10 @@ STEPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("generation", ["v5e", pytest.param("v6e", marks=LONGER)])
-@pytest.mark.parametrize(
-    "name",
-    [name if i == 0 else pytest.param(name, marks=LONGER) for i, name in enumerate(STEPS)],
-)
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+@pytest.mark.parametrize("name", STEPS)
 def test_train_steps_of_mosaics_compile_with_the_kernels(generation, name):
     """Kernels for the contextual memories, dropout and all; the persistent ones are a softmax."""
     sizes, batch, length = STEPS[name]

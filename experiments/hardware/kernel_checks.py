@@ -1,4 +1,4 @@
-"""The GPU kernels against the portable implementation on this device: a wide matrix of shapes.
+"""The kernels for this device against the portable implementation: a wide matrix of shapes.
 
 The portable one computes in float32 at the highest precision from the same rounded inputs; it is
 held to the oracle by the other checks.
@@ -16,6 +16,7 @@ import numpy as np
 import kreg
 from experiments.hardware.findings import Check, Finding, apart, largest, wide
 from experiments.hardware.from_tests import load
+from kreg.implementations import kernels_for
 
 RULES = {"adaptive": kreg.Adaptive, "anchored": kreg.Anchored, "fixed": kreg.Fixed}
 ORDERS = (2, 1, 3, 4, 2.5)
@@ -73,13 +74,15 @@ def shapes() -> list[Shape]:
 
 
 def kernel_checks(*, smoke: bool = False) -> list[Check]:
-    """List the checks; none where there is no GPU whose kernels these are."""
-    device = jax.devices()[0]
-    if getattr(device, "compute_capability", None) != "9.0":
+    """List the checks; none where there are no kernels for the device."""
+    kernels = kernels_for(jax.devices()[0].device_kind)
+    if kernels is None:
         return []
-    found = [Check(f"kernels {shape}", _equal, (shape,)) for shape in shapes()]
-    found += [Check(f"kernels twice {d}", _twice, (d,)) for d in DTYPES]
-    found += [Check(f"kernels flat rows {n}", _flat, (n,)) for n in (4096, 131072)]
+    dtypes = [d for d in DTYPES if (kernels, d) != ("mosaic_tpu", "float16")]
+    cases = [shape for shape in shapes() if shape.dtype in dtypes]
+    found = [Check(f"kernels {shape}", _equal, (shape, kernels)) for shape in cases]
+    found += [Check(f"kernels twice {d}", _twice, (d, kernels)) for d in dtypes]
+    found += [Check(f"kernels flat rows {n}", _flat, (n, kernels)) for n in (4096, 131072)]
     return found[:1] if smoke else found
 
 
@@ -115,9 +118,9 @@ def _both(shape: Shape, implementation: str, inputs: list[jax.Array]) -> list[np
     return [wide(x) for x in run(*inputs, h)]
 
 
-def _equal(shape: Shape) -> Iterator[Finding]:
+def _equal(shape: Shape, kernels: str) -> Iterator[Finding]:
     inputs = _inputs(shape)
-    got = _both(shape, "mosaic_gpu", inputs)
+    got = _both(shape, kernels, inputs)
     want = _both(shape, "xla", [x.astype("float32") for x in inputs])
     tolerance = load("tolerances").TOLERANCES[shape.dtype]
     # No score is greater than the product of the lengths.
@@ -135,22 +138,22 @@ def _apart(got: np.ndarray, want: np.ndarray) -> float:
     return largest(got - want)
 
 
-def _twice(dtype: str) -> Iterator[Finding]:
+def _twice(dtype: str, kernels: str) -> Iterator[Finding]:
     shape = Shape(1000, 1000, 64, 2, 2, "adaptive", "causal", dtype)
     inputs = _inputs(shape)
-    first, second = (_both(shape, "mosaic_gpu", inputs) for _ in range(2))
+    first, second = (_both(shape, kernels, inputs) for _ in range(2))
     pairs = zip(("output", "query", "key", "value", "h"), first, second, strict=True)
     for name, one, two in itertools.islice(pairs, 4):
         yield Finding(f"kernels twice {dtype}: {name}", _apart(one, two), 0.0)
 
 
-def _flat(keys: int) -> Iterator[Finding]:
+def _flat(keys: int, kernels: str) -> Iterator[Finding]:
     """Rows of equal scores: what fixed numbers of steps get wrong most."""
     query, key = jnp.zeros((1, 64, 1, 64), "bfloat16"), jnp.ones((1, keys, 1, 64), "bfloat16")
     value = jnp.ones((1, keys, 1, 64), "bfloat16")
     for order in ORDERS:
         output, stats = kreg.attention(
-            query, key, value, kernel=kreg.Kernel(order), implementation="mosaic_gpu",
+            query, key, value, kernel=kreg.Kernel(order), implementation=kernels,
             return_stats=True,
         )  # fmt: skip
         yield Finding(f"kernels flat {keys} {order}: output", apart(output, np.ones(1)), 4e-3)

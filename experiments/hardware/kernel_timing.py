@@ -1,4 +1,4 @@
-"""Timing of the GPU kernels: at stated sparsities, beside softmax attention of others.
+"""Timing of the kernels for this device: at stated sparsities, beside softmax attention of others.
 
 Everybody gets the same tensors. Peers that are not installed, or do not run here, say why.
 """
@@ -17,6 +17,8 @@ from experiments.hardware.peers import peers
 from experiments.hardware.report import Report, say
 from experiments.hardware.sparse_inputs import PUBLISHED, sparse_inputs
 from experiments.hardware.stopwatch import Entry, compiled, race
+from kreg.canonical import canonical
+from kreg.implementations import kernels_for
 
 # What is said beforehand in pallas_kernels/README.md: time of kreg's biweight, forward and
 # backward, over that of another, by length. Never to be filled in from a measurement.
@@ -24,11 +26,12 @@ EXPECTED: dict[str, dict[int, float]] = {
     "flash-attention 2": {4096: 1 / 1.2, 8192: 1 / 1.4, 32768: 1 / 1.8, 131072: 1 / 3.0},
     "adasplash 2": {4096: 1 / 1.35, 8192: 1 / 1.4, 32768: 1 / 1.6, 131072: 1 / 1.9},
 }
-BASELINES = ("jax cudnn", "tokamax", "flash-attention 2", "adasplash 2")
+BASELINES = ("jax cudnn", "jax flash attention", "tokamax", "flash-attention 2", "adasplash 2")
 METHOD = (
     "Causal, in turns in one process; a round is as many calls in a row as fill 20 ms, waited for "
     "at the end. Tokens: batch times length is 16,384 or more. 'live' is the share of the tiles "
-    "below the diagonal, 64 x 64, that have weight under the biweight kernel."
+    "below the diagonal (64 x 64 on a GPU, 256 queries x 128 keys on a TPU) that have weight under "
+    "the biweight kernel."
 )
 
 
@@ -113,13 +116,24 @@ def _contestants(group: Group) -> dict[str, Callable[..., Any]]:
         attend = importlib.import_module("tokamax").dot_product_attention
         return attend(query, key, value, is_causal=True, implementation=("mosaic", "triton"))
 
-    kernels = {"biweight": kreg.biweight, "epanechnikov": kreg.epanechnikov}
+    def flash(query, key, value):
+        """The kernel for TPUs that jax brings along."""
+        name = "jax.experimental.pallas.ops.tpu.flash_attention"
+        attend = importlib.import_module(name).flash_attention
+        turned = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+        found = attend(*turned, causal=True, sm_scale=query.shape[-1] ** -0.5)
+        return jnp.swapaxes(found, 1, 2)
+
+    implementation = kernels_for(jax.devices()[0].device_kind) or "mosaic_gpu"
     attentions: dict[str, Callable[..., Any]] = {"jax cudnn": softmax, "tokamax": tokamax}
+    if implementation == "mosaic_tpu":
+        attentions = {"jax flash attention": flash, "tokamax": tokamax}
+    kernels = {"biweight": kreg.biweight, "epanechnikov": kreg.epanechnikov}
     for name, kernel in (kernels | {"triweight": kreg.triweight}).items():
 
         def attend(query, key, value, kernel=kernel):
             return kreg.attention(
-                query, key, value, kernel=kernel, is_causal=True, implementation="mosaic_gpu"
+                query, key, value, kernel=kernel, is_causal=True, implementation=implementation
             )
 
         attentions[f"kreg {name}"] = attend
@@ -143,12 +157,14 @@ def _turn(group: Group, attention: Callable[..., Any]) -> Callable[..., Any]:
 def _live(inputs: list[jax.Array]) -> float | None:
     """Share of the tiles at and below the diagonal that have weight."""
     try:
-        from pallas_kernels.mosaic_gpu import live_tiles
-
+        kernels = importlib.import_module(
+            f"pallas_kernels.{kernels_for(jax.devices()[0].device_kind)}"
+        )
         query, key, value, _ = inputs
-        blocks = -(-query.shape[1] // 64)
-        count = jax.jit(lambda q, k, v: live_tiles(q, k, v, is_causal=True))(query, key, value)
-        return round(float(jnp.mean(count)) / (blocks * (blocks + 1) / 2), 3)
+        share = jax.jit(lambda *x: kernels.ATTENTION.live_share(canonical(*x, is_causal=True)))(
+            query, key, value
+        )
+        return round(float(share), 3)
     # Whatever keeps the kernels from running is told with their times.
     except Exception:
         return None

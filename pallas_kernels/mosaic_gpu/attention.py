@@ -3,11 +3,9 @@
 import math
 
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from kreg.bandwidth import Adaptive, Anchored, Fixed
-from kreg.canonical import canonical
 from kreg.implementations import device_kind, is_hopper
 from kreg.inputs import Inputs
 from kreg.problem import Problem
@@ -23,12 +21,6 @@ from pallas_kernels.ranges import is_by_key
 # By parts, for float32 takes three times the shared memory.
 _WIDEST = {1: 256, 3: 128}
 _PARTS = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float16): 1, jnp.dtype(jnp.float32): 3}
-
-
-def live_tiles(*arguments, **options) -> Int[Array, "B N"]:
-    """Counts the tiles of 64 x 64 that have weight, for the arguments of `kreg.attention`."""
-    live = ATTENTION.found(canonical(*arguments, **options)).live
-    return jnp.sum(lax.population_count(live), axis=(2, 3))
 
 
 def declined(problem: Problem) -> str | None:
