@@ -94,7 +94,8 @@ def _forward(inputs: Inputs, rest: Problem):
             p = local.dropped(p, block, start, first)
             value = along(local.value, 1, first, block.keys)
             o = _mix(p.reshape(p.shape[0], -1, p.shape[-1]), value, rest.precision)
-            o = jnp.moveaxis(o.reshape(*p.shape[:3], -1), 2, 0)
+            o = o.reshape(*p.shape[:3], -1) * rows.scale[..., None]
+            o = jnp.moveaxis(o, 2, 0)
             o = o.reshape(1, o.shape[0], -1, width).astype(out.dtype)
             found = None if stats is None else method.stats(z, rows, cut)
             return nothing, (o, rows, seen, found)
@@ -128,7 +129,9 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
     def group(place: Place, carry: Inputs) -> Inputs:
         local = Local.cut(problem, inputs.scale, place)
         at = cut_rows(inputs.at, place, share)
-        do = in_order(queries_first(cut_heads(dout, place, share), share).astype(dtype))
+        do = queries_first(cut_heads(dout, place, share), share).astype(dtype)
+        scale = take_rows(kept, place, 0, do.shape[2]).scale
+        do = in_order(do * scale[..., None])
         across = lax.optimization_barrier(
             [in_order(jnp.moveaxis(x, 3, 1)) for x in (local.query, do)]
         )

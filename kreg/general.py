@@ -47,7 +47,7 @@ class General(NamedTuple):
     def linear(
         self, z: Float[Array, "*rows n"], rows: Rows, at: At
     ) -> tuple[Array, Callable[[Array], tuple[Array, At]]]:
-        """Evaluates p, and makes the function from dp to dz and the gradients of `at`, by row."""
+        """Evaluates p, and makes the function from dp to dz and the gradients of `at`; s is 1."""
         shape = (*rows.gap.shape, 1)
         at = jax.tree.map(lambda x: jnp.broadcast_to(x, shape), at)
         return jax.vjp(lambda z, at: self.weights(z, rows, at), z, at)

@@ -153,9 +153,9 @@ class Local:
             if size == block.keys:
                 z = jnp.where(where, z, -jnp.inf)
             else:
-                z = lax.dynamic_update_slice_in_dim(
-                    z, jnp.where(where, z[..., at : at + size], -jnp.inf), at, axis=3
-                )
+                some = jnp.where(where, z[..., at : at + size], -jnp.inf)
+                # Or XLA reads on in the old scores, and copies them.
+                z = lax.optimization_barrier(lax.dynamic_update_slice_in_dim(z, some, at, axis=3))
         return z
 
 

@@ -74,16 +74,17 @@ def _entmax(order: float, many: bool) -> Callable:
     def forward(z, _):
         rows = in_cache(solve, z) if many else solve(z)
         rows = rowwise.Rows(*(checkpoint_name(x, THRESHOLD) for x in rows))
-        return method.weights(z, rows, rowwise.At()), rows
+        return method.weights(z, rows, rowwise.At()) * rows.scale[..., None], rows
 
     def backward(z, _, rows, dp):
-        return method.linear(z, rows, rowwise.At())[1](dp)[0]
+        return method.linear(z, rows, rowwise.At())[1](dp * rows.scale[..., None])[0]
 
     return differentiable(functools.partial(_plain_entmax, order), forward, backward)
 
 
 def _plain_entmax(order: float, z: Float[Array, "*rows n"], _) -> Float[Array, "*rows n"]:
-    return rowwise.weights_and_slopes(order, z, rowwise.solve(order, z))[0]
+    rows = rowwise.solve(order, z)
+    return rowwise.weights_and_slopes(order, z, rows)[0] * rows.scale[..., None]
 
 
 def _total(raw: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:

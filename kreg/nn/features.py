@@ -4,6 +4,7 @@ Axes: B batch, T time, C width of the stream, N heads, H head width, K taps of a
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,15 @@ def unit(x: Float[Array, "*B H"], epsilon: float = 0.0) -> Float[Array, "*B H"]:
     square = jnp.sum(wide * wide, axis=-1, keepdims=True)
     length = jnp.sqrt(jnp.where(square > 0, square, 1))
     return jnp.where(square > 0, wide / (length + epsilon), 0).astype(x.dtype)
+
+
+def sparing(function: Callable) -> Callable:
+    """Let the backward pass compute a cheap function again, but for its projections.
+
+    To keep what is in between costs more time than to compute it, and most of the memory.
+    """
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(function, policy=policy)
 
 
 def normal(key: Array, shape: tuple[int, ...], fan_in: int) -> Float[Array, "..."]:

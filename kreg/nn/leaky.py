@@ -96,8 +96,9 @@ def _from_earlier_chunks(
     ends_first = jnp.moveaxis(last, 1, 0)
     _, inherited = jax.lax.scan(carry_on, jnp.zeros_like(ends_first[0]), (ends_first, going_on))
     steps = jnp.arange(1, chunk + 1)
-    fading = jnp.exp(-rate[None, :] * steps[:, None])[None, None, :, :, None]
-    inherited = fading * jnp.moveaxis(inherited, 0, 1)[:, :, None]
+    # Not by arrays made alike first: gradients would keep those.
+    fading = jnp.exp(-rate[None, :] * steps[:, None])
+    inherited = jnp.einsum("in,cbnh->bcinh", fading, inherited)
     return inherited if heirs is None else jnp.where(heirs, inherited, 0)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 import kreg
 from kreg.nn.compat import Method, dense_norm_relu, inverse_bandwidth, variant
 from kreg.nn.config import MosaicConfig
-from kreg.nn.features import KeyFeatures, ValueFeatures, normal
+from kreg.nn.features import KeyFeatures, ValueFeatures, normal, sparing
 from kreg.nn.leaky import LeakyState, per_head
 from kreg.stats import Stats
 
@@ -95,9 +95,15 @@ class ContextualMemory(nnx.Module):
     ) -> Float[Array, "B T C"]:
         """Answer every position from its own document."""
         for_weights, for_output = split_key(dropout_key)
-        key, value = self.keys(x, documents), self.values(x, documents)
+        key, value = sparing(self.features)(x, documents)
         answer = self.regress(key, value, documents, dropout_key=for_weights)
         return dropout(self.out(answer), self.config.hidden_dropout, for_output)
+
+    def features(
+        self, x: Float[Array, "B T C"], documents: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"]]:
+        """Make the key and the value of every position."""
+        return self.keys(x, documents), self.values(x, documents)
 
     def regress(
         self,
@@ -248,8 +254,8 @@ class PersistentMemory(nnx.Module):
     ) -> Float[Array, "B T C"]:
         """Answer every position."""
         for_weights, for_output = split_key(dropout_key)
-        answer = self.recall(self.keys(x, documents), dropout_key=for_weights)
-        return dropout(self._project(answer), self.config.hidden_dropout, for_output)
+        answer = self.recall(sparing(self.keys)(x, documents), dropout_key=for_weights)
+        return dropout(sparing(self._project)(answer), self.config.hidden_dropout, for_output)
 
     def recall(
         self, key: Float[Array, "B T N H"], *, dropout_key: Array | None = None

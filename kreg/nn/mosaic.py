@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from kreg.nn.compat import variant
 from kreg.nn.config import MosaicConfig, TransformerConfig
-from kreg.nn.features import document_index, normal
+from kreg.nn.features import document_index, normal, sparing
 from kreg.nn.memory import (
     ContextCache,
     ContextualMemory,
@@ -19,6 +19,9 @@ from kreg.nn.memory import (
     PersistentMemory,
     split_key,
 )
+
+# So many layers are written out one by one: a loop over them stacks what the backward pass reads.
+_WRITTEN_OUT = 4
 
 
 def layer_norm(config: MosaicConfig | TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -55,12 +58,12 @@ class Block(nnx.Module):
     ) -> Float[Array, "B T C"]:
         """Map the stream of whole sequences."""
         for_context, for_memory = split_key(dropout_key)
-        y = self.contextual_norm(x).astype(x.dtype)
+        y = sparing(self.contextual_norm)(x).astype(x.dtype)
         x = x if self.pre_norm else y
         x = x + self.contextual(y, documents, dropout_key=for_context)
         if self.persistent is None or self.persistent_norm is None:
             return x
-        y = self.persistent_norm(x).astype(x.dtype)
+        y = sparing(self.persistent_norm)(x).astype(x.dtype)
         x = x if self.pre_norm else y
         return x + self.persistent(y, documents, dropout_key=for_memory)
 
@@ -97,7 +100,7 @@ class MemoryMosaic(nnx.Module):
 
     Parameters are drawn as the released model draws them: matrices from N(0, 1 / fan_in), output
     projections from N(0, 1 / (fan_in num_layers)), an untied embedding from N(0, 1). The blocks are
-    one module whose parameters have a leading layer axis, and are scanned.
+    one module whose parameters have a leading layer axis, and are scanned; a few are written out.
 
     Args:
       config: what to build.
@@ -152,7 +155,8 @@ class MemoryMosaic(nnx.Module):
             return block(x, documents, dropout_key=key).astype(x.dtype), None
 
         body = jax.checkpoint(body) if self.config.remat else body
-        x, _ = jax.lax.scan(body, self.embedding[...][tokens], (self.blocks, keys))
+        unroll = self.config.num_layers if self.config.num_layers <= _WRITTEN_OUT else 1
+        x, _ = jax.lax.scan(body, self.embedding[...][tokens], (self.blocks, keys), unroll=unroll)
         return self.logits(x[:, self.config.skip_tokens :])
 
     def logits(self, x: Float[Array, "*B C"]) -> Float[Array, "*B V"]:
