@@ -1,6 +1,9 @@
 """Settings of every test: CPU JAX that compiles fast, strict rank promotion, core doctests."""
 
+import collections
+import itertools
 import os
+import re
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,8 +24,15 @@ CORE = Path(__file__).resolve().parent.parent / "kreg"
 # Every compiled program takes a few mappings of memory, of which Linux gives a process 65,530; the
 # compiler dies without a word when they are used up.
 MAPPINGS, MOST_MAPPINGS = Path("/proc/self/maps"), 30_000
+finished = itertools.count(1)
 
 
+def pytest_addoption(parser):
+    about = "of each test two cases, and those with a value that no case of its file had before"
+    parser.addoption("--few", action="store_true", help=about)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """The examples of the pure core, which are no functions to decorate, belong to the core too."""
     for item in items:
@@ -30,9 +40,29 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.core)
 
 
+@pytest.hookimpl(trylast=True, specname="pytest_collection_modifyitems")
+def take_few(config, items):
+    """Thin out what -m has left: two jax differ in what they offer and lower, not in arithmetic."""
+    if not config.getoption("few"):
+        return
+    taken, rest, cases, seen = [], [], collections.Counter(), set()
+    for item in items:
+        values = set(re.split("[-@]", item.callspec.id)) if hasattr(item, "callspec") else set()
+        values = {(item.path, value) for value in values}
+        test = item.nodeid.partition("[")[0]
+        new = cases[test] < 2 or values - seen
+        cases[test] += 1
+        seen |= values if new else set()
+        (taken if new else rest).append(item)
+    config.hook.pytest_deselected(items=rest)
+    items[:] = taken
+
+
 def pytest_runtest_logfinish():
-    """Drop compiled programs before there are too many of them."""
-    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+    """Drop compiled programs before there are too many of them; to count them takes a while."""
+    if next(finished) % 10 or not MAPPINGS.exists():
+        return
+    if MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
 
 

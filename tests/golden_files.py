@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -111,6 +112,19 @@ class Group:
         """What stands before /LAST in the keys that end so, say the methods that have a "y"."""
         ending = "/" + last
         return sorted(k[: -len(ending)] for k in self._keys if k.endswith(ending))
+
+    def chosen(self, last: str, *, among: Sequence[str], rest: bool) -> list[str]:
+        """Those of `members` that are (or, with `rest`, are not) named; the others are set aside.
+
+        One test takes the ones and another, that runs less often, the rest, if there is any.
+        """
+        members = self.members(last)
+        taken = [name for name in members if (name in among) != rest]
+        if rest and not taken:
+            pytest.skip(f"{self.file}/{self.name}: no other methods are in this folder")
+        for name in set(members) - set(taken):
+            self._used.update(f"{name}/{key}" for key in self.names_under(name))
+        return taken
 
     def finish(self, cases: int) -> None:
         """Fail unless at least one case was used and nothing unexcluded was left unread."""

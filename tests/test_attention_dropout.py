@@ -1,5 +1,7 @@
 """Dropout on weights: a mask that counts (key, b, n, i, j), one in every implementation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +20,13 @@ def weights(implementation, rate=RATE, seed=0, shape=SHAPE, key_heads=None):
     query, key, *_ = (jnp.asarray(a, "float32") for a in draw(SHAPE, spherical=False))
     query, key = query[:, : shape.T], key[:, : shape.S]
     identity = jnp.broadcast_to(jnp.eye(shape.S)[:, None, :], (shape.B, shape.S, shape.K, shape.S))
-    options = {"dropout_rate": rate, "dropout_key": jax.random.key(seed)}
-    options |= {"kernel": kreg.gaussian, "implementation": implementation}
-    return np.asarray(jax.jit(lambda *a: kreg.attention(*a, **options))(query, key, identity))
+    return np.asarray(attend(query, key, identity, jax.random.key(seed), rate, implementation))
+
+
+@functools.partial(jax.jit, static_argnames=("rate", "implementation"))
+def attend(query, key, value, dropout_key, rate, implementation):
+    options = {"dropout_rate": rate, "dropout_key": dropout_key, "kernel": kreg.gaussian}
+    return kreg.attention(query, key, value, implementation=implementation, **options)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -66,33 +72,32 @@ def test_the_mean_is_preserved(implementation):
         return kreg.attention(query, key, value, implementation=implementation, **options)
 
     samples = np.stack([attend(k) for k in jax.random.split(jax.random.key(2), 100)])
-    expected = kreg.attention(query, key, value, implementation=implementation)
+    expected = jax.jit(functools.partial(kreg.attention, implementation=implementation))(
+        query, key, value
+    )
     error = np.abs(samples.mean(0) - expected) / (samples.std(0) / 100**0.5 + 1e-6)
     assert error.max() < 6  # standard errors, over 10,560 entries
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradients_go_through_the_same_mask(implementation):
-    query, key, value, cotangent = (jnp.asarray(a, "float32") for a in draw(SHAPE))
-    options = {"dropout_rate": RATE, "dropout_key": jax.random.key(0), "kernel": kreg.gaussian}
+    *arrays, cotangent = (jnp.asarray(a, "float32") for a in draw(SHAPE))
+    tangent = [jax.random.normal(jax.random.key(i), a.shape) for i, a in enumerate(arrays)]
 
-    def attend(*a):
-        return kreg.attention(*a, implementation=implementation, **options)
+    @jax.jit
+    def both(arrays, tangent, cotangent):
+        def dropped(*a):
+            return attend(*a, jax.random.key(0), RATE, implementation)
 
-    attend = jax.jit(attend)
-    _, pull = jax.vjp(attend, query, key, value)
-    tangent = tuple(
-        jax.random.normal(jax.random.key(i), a.shape) for i, a in enumerate((query, key, value))
-    )
-    _, push = jax.jvp(attend, (query, key, value), tangent)
-    paired = sum(jnp.vdot(g, t) for g, t in zip(pull(cotangent), tangent, strict=True))
+        out, pull = jax.vjp(dropped, *arrays)
+        return out, pull(cotangent), jax.jvp(dropped, arrays, tangent)[1]
+
+    out, gradients, push = both(tuple(arrays), tuple(tangent), cotangent)
+    paired = sum(jnp.vdot(g, t) for g, t in zip(gradients, tangent, strict=True))
     np.testing.assert_allclose(jnp.vdot(cotangent, push), paired, rtol=1e-3)
     # The value's gradient is linear: the weights themselves, dropped as in the forward pass.
-    np.testing.assert_allclose(
-        jnp.vdot(pull(cotangent)[2], value),
-        jnp.vdot(cotangent, attend(query, key, value)),
-        rtol=1e-3,
-    )
+    linear = jnp.vdot(gradients[2], arrays[2])
+    np.testing.assert_allclose(linear, jnp.vdot(cotangent, out), rtol=1e-3)
 
 
 def test_rate_zero_needs_no_key_and_changes_nothing():

@@ -31,8 +31,9 @@ def temporary_bytes(length: int, mode: str, implementation: str, cell: dict) -> 
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["vjp", pytest.param("jvp", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("mode", ["vjp", "jvp"])
 def test_xla_is_linear(mode):
     sizes = [temporary_bytes(n, mode, "xla", {"kernel": kreg.biweight}) for n in LENGTHS]
     # Never more than in proportion to the length, counted from 1k; and once the rows are cut into
@@ -45,7 +46,15 @@ def test_xla_is_linear(mode):
     assert sizes[-1] < dense / 4, f"{sizes[-1]} bytes at T = {LENGTHS[-1]}"
 
 
-@pytest.mark.parametrize("rule", [kreg.Fixed(1.2), kreg.Nearest(8)], ids=repr)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        kreg.Adaptive(),
+        pytest.param(kreg.Fixed(1.2), marks=[pytest.mark.slow, pytest.mark.nightly]),
+        pytest.param(kreg.Nearest(8), marks=pytest.mark.slow),
+    ],
+    ids=repr,
+)
 def test_xla_is_linear_under_every_rule(rule):
     cell = {"kernel": kreg.epanechnikov, "bandwidth": rule}
     small, large = (temporary_bytes(n, "vjp", "xla", cell) for n in (2048, 8192))

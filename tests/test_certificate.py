@@ -32,10 +32,17 @@ def stats_of_scores(x, cell: Cell, implementation: str, mask=None):
     return jax.tree.map(lambda a: np.asarray(a)[0, :, 0], stats)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+BOUNDED = [*((k, "float32") for k in SOLVED), ("biweight", "bfloat16"), ("biweight", "float64")]
+QUICK = [("biweight", "float32"), ("order0.7", "float32")]
+NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
+
+
 @pytest.mark.parametrize(
-    ("kernel", "dtype"),
-    [*((k, "float32") for k in SOLVED), ("biweight", "bfloat16"), ("biweight", "float64")],
+    ("kernel", "dtype", "implementation"),
+    [(*case, "xla") for case in BOUNDED]
+    + [
+        pytest.param(*case, "reference", marks=() if case in QUICK else NIGHTLY) for case in BOUNDED
+    ],
 )
 def test_residual_bounds_the_error_of_the_threshold(kernel, dtype, implementation):
     x, where = adversarial_rows(257, dtype)

@@ -46,12 +46,12 @@ def attend(mask, implementation):
     return out, *pull(cotangent)
 
 
-QUICK = ("packed, causal",)
+NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
+WHEN = {"packed, causal": (), "tiles": pytest.mark.slow, "offset a batch": pytest.mark.slow}
 
 
 def names() -> list:
-    """All masks, of which most take their time in `make slow`."""
-    return [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MASKS]
+    return [pytest.param(n, marks=WHEN.get(n, NIGHTLY)) for n in MASKS]
 
 
 @pytest.mark.parametrize("name", names())
@@ -95,7 +95,7 @@ def test_packed_documents_are_skipped_for_real():
     "kernel",
     [
         kreg.biweight,
-        pytest.param(kreg.epanechnikov, marks=pytest.mark.slow),
+        pytest.param(kreg.epanechnikov, marks=NIGHTLY),
         pytest.param(kreg.gaussian, marks=pytest.mark.slow),
     ],
 )
@@ -153,9 +153,7 @@ def test_spans_hold_every_key_with_weight():
     assert np.all(np.asarray(found(0 * p[:1], np.array([5]))) == 0)
 
 
-@pytest.mark.parametrize(
-    "causal", [True, pytest.param(False, marks=[pytest.mark.slow, pytest.mark.nightly])]
-)
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=NIGHTLY)])
 def test_backward_passes_leave_out_keys_without_weight(causal):
     """Scores that favour near keys: one head's blocks need a quarter of the keys, one's all."""
     queries, keys = 600, 8200

@@ -111,10 +111,32 @@ def contextual_modules(group, methods, compat):
         yield load(empty(ContextualMemory, config), parameters)
 
 
-@pytest.mark.parametrize("name", group_names("context_block"))
+def quick(name):
+    """The methods of a group that `make test` has: all at small sizes, one of a variant."""
+    if name.startswith("variant"):
+        return {"variant_k_lowr": "softmax", "variant_vconv3_bias": "relumax"}.get(name, "biweight")
+    return "none" if name.startswith("c64") else "all"
+
+
+CONTEXTS = group_names("context_block")
+
+
+@pytest.mark.parametrize("name", [name for name in CONTEXTS if quick(name) != "none"])
 def test_golden_context_block(name):
+    check_context_block(name, rest=False)
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CONTEXTS if quick(name) != "all"])
+def test_golden_context_block_with_the_other_methods(name):
+    check_context_block(name, rest=True)
+
+
+def check_context_block(name, rest):
     group = open_group("context_block", name)
-    methods = group.members("y")
+    among = group.members("y") if quick(name) == "all" else (quick(name),)
+    methods = group.chosen("y", among=among, rest=rest)
     x, cotangent = jnp.asarray(group["x"]), jnp.asarray(group["cot"])
     modules = list(contextual_modules(group, methods, "dense"))
     for method, module in zip(methods, modules, strict=True):

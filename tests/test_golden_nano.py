@@ -43,8 +43,19 @@ def check(group, model, names=lambda gradients: gradients) -> None:
     group.finish(1)
 
 
+def groups(kind):
+    """Whole models take seconds to compile: most wait for the night."""
+    nightly = (pytest.mark.slow, pytest.mark.nightly)
+    quick = ("gpt_bias", "baseline_gpt_nobias", "mosaic_bias_pmem2", "mosaic_rand")
+    return [
+        pytest.param(name, marks=() if name in quick else nightly)
+        for name in GROUPS
+        if kind in name
+    ]
+
+
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", [name for name in GROUPS if "gpt" in name])
+@pytest.mark.parametrize("name", groups("gpt"))
 def test_golden_gpt(name):
     group = open_group("nano", name)
     model = from_torch(gpt_config(group), group.under("param"))
@@ -68,7 +79,7 @@ def mosaic_config(group) -> MosaicConfig:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", [name for name in GROUPS if "mosaic" in name])
+@pytest.mark.parametrize("name", groups("mosaic"))
 def test_golden_nano_mosaic(name):
     group = open_group("nano", name)
     check(group, from_torch(mosaic_config(group), group.under("param")), nano_state)

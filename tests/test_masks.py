@@ -1,5 +1,6 @@
 """kreg.Mask: what it admits, joined, and what it says of tiles; the blocks of static bands."""
 
+import functools
 import itertools
 
 import jax
@@ -66,19 +67,27 @@ def test_three_bands_and_two_segmentations():
     np.testing.assert_array_equal(dense(joined), np.broadcast_to(want, (B, 1, T, S)))
 
 
+JOINED = {(name,): mask for name, (mask, _) in PARTS.items()} | {
+    (one, other): PARTS[one][0] & PARTS[other][0]
+    for one, other in (("causal", "segments"), ("array", "window"))
+}
+
+
+@functools.cache
+def tiles_of_all(rows, columns):
+    """What each mask says of tiles; one program, since there are so many small ones in it."""
+    return jax.jit(lambda masks: [mask.tiles(T, S, rows, columns) for mask in masks])(
+        list(JOINED.values())
+    )
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(4, 5), (1, 1), (11, 13), (3, 20)])
-@pytest.mark.parametrize(
-    "names", [(n,) for n in PARTS] + [("causal", "segments"), ("array", "window")]
-)
+@pytest.mark.parametrize("names", JOINED)
 def test_tiles(names, rows, columns):
     """Empty and full are proven; a part that stands alone finds all of them."""
-    mask = PARTS[names[0]][0]
-    for name in names[1:]:
-        mask &= PARTS[name][0]
-    tiles = np.broadcast_to(
-        mask.tiles(T, S, rows, columns), (B, 1, -(-T // rows), -(-S // columns))
-    )
-    where = dense(mask)
+    found = tiles_of_all(rows, columns)[list(JOINED).index(names)]
+    tiles = np.broadcast_to(found, (B, 1, -(-T // rows), -(-S // columns)))
+    where = dense(JOINED[names])
     for b, i, j in np.ndindex(B, *tiles.shape[2:]):
         tile = where[b, 0, i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
         said = tiles[b, 0, i, j]

@@ -53,6 +53,7 @@ MORE = {
     "one key": Structure(Shape(B=2, T=3, S=1, N=1, K=1)),
 }
 ALL = STRUCTURES | MORE
+NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,14 @@ def searched(query, key, value, **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "order"), [("apart", 2), ("clusters", 2), ("clusters", 1), ("flat", 2), ("flat", 3)]
+    ("name", "order"),
+    [
+        ("apart", 2),
+        ("clusters", 1),
+        ("flat", 3),
+        pytest.param("clusters", 2, marks=NIGHTLY),
+        pytest.param("flat", 2, marks=NIGHTLY),
+    ],
 )
 def test_skipped_tiles_hold_no_key_with_weight(name, order):
     """Every key of every row: those with weight are in live tiles, and one pass sees all tiles."""
@@ -118,7 +126,7 @@ def test_skipped_tiles_hold_no_key_with_weight(name, order):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["causal", "float32"])
+@pytest.mark.parametrize("name", ["causal", pytest.param("float32", marks=pytest.mark.nightly)])
 def test_two_runs_agree_bit_by_bit(name):
     case = drawn(ALL[name], 3, 1.0, 63)
     jax.tree.map(
@@ -126,25 +134,29 @@ def test_two_runs_agree_bit_by_bit(name):
     )
 
 
-@pytest.mark.parametrize("bandwidth", [kreg.Adaptive(), kreg.Anchored()])
+@pytest.mark.parametrize(
+    "bandwidth", [kreg.Adaptive(), pytest.param(kreg.Anchored(), marks=NIGHTLY)]
+)
 def test_dropout_is_that_of_the_reference(bandwidth):
     keys = jax.random.split(jax.random.key(0), 4)
-    sizes = (70, 2), (140, 1), (140, 1), (70, 2)
+    sizes = (70, 2), (66, 1), (66, 1), (70, 2)
     arrays = [jax.random.normal(k, (2, *s, 16)) for k, s in zip(keys, sizes, strict=True)]
 
-    def both(implementation):
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(implementation, *inputs, cotangent):
         def attend(query, key, value):
             return kreg.attention(
                 query, key, value, bandwidth=bandwidth, implementation=implementation,
                 dropout_rate=0.3, dropout_key=jax.random.key(1),
             )  # fmt: skip
 
-        out, pull = jax.vjp(attend, *arrays[:3])
-        return [np.asarray(x) for x in (out, *pull(arrays[3]))]
+        out, pull = jax.vjp(attend, *inputs)
+        return out, *pull(cotangent)
 
     with interpreted():
-        found = both("mosaic_gpu")
-    for x, y in zip(found, both("reference"), strict=True):
+        found = jax.tree.map(np.asarray, both("mosaic_gpu", *arrays[:3], cotangent=arrays[3]))
+    wanted = jax.tree.map(np.asarray, both("reference", *arrays[:3], cotangent=arrays[3]))
+    for x, y in zip(found, wanted, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5 * np.abs(y).max(), rtol=0)
 
 

@@ -94,7 +94,7 @@ LONGER = [pytest.mark.nightly, pytest.mark.slow]
     ("queries", "keys", "options"),
     [
         (70, 190, {"kernel": kreg.epanechnikov, "is_causal": True}),
-        (66, 400, {"is_causal": True, "causal_offset": 330}),
+        pytest.param(66, 400, {"is_causal": True, "causal_offset": 330}, marks=LONGER),
         pytest.param(64, 600, {"local_window_size": (500, 20)}, marks=LONGER),
         pytest.param(64, 300, {"bandwidth": kreg.Anchored(), "is_causal": True}, marks=LONGER),
         pytest.param(64, 300, {"bandwidth": kreg.Fixed(2.0), "scale": 0.2}, marks=LONGER),

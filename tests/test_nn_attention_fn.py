@@ -520,7 +520,7 @@ def test_errors_come_when_the_layer_is_made():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("library", flax_transformer.LIBRARIES)
+@pytest.mark.parametrize("library", ["nnx", pytest.param("linen", marks=pytest.mark.nightly)])
 def test_a_small_transformer_learns(library):
     build, _ = flax_transformer.LIBRARIES[library]
     before, after = flax_transformer.train(*build(attention_fn(kreg.biweight)), steps=50)

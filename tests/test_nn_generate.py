@@ -32,12 +32,15 @@ def both_ways(block, x):
 
 
 QUICK = ("biweight-", "relumax-dense", "top3_softmax-eft", "norm_relu-eft")
+NIGHTLY = ("softmax-", "epanechnikov-", "norm_relu-", "relumax-", "top3_softmax-", "relumax-eft")
 
 
 def cases() -> list:
-    """All blocks, of which most take their time in `make slow`."""
+    """All blocks, of which most take their time in `make slow` and `make nightly`."""
+    nightly = (pytest.mark.slow, pytest.mark.nightly)
+    when = dict.fromkeys(QUICK, ()) | dict.fromkeys(NIGHTLY, nightly)
     return [
-        pytest.param(*case, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        pytest.param(*case, id=name, marks=when.get(name, pytest.mark.slow))
         for case, name in zip(CASES, NAMES, strict=True)
     ]
 

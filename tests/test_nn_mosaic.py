@@ -29,8 +29,17 @@ CASES += [("norm_relu", {"compat": "dense"}), ("relumax", {"compat": "eft"})]
 NAMES = [*METHODS, *VARIANTS, "dense", "eft"]
 
 
+NIGHTLY = ("softmax", "epanechnikov", "norm_relu", "top3_softmax", "top3_uniform", "post")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "options"), CASES, ids=NAMES)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        pytest.param(*case, id=name, marks=pytest.mark.nightly if name in NIGHTLY else ())
+        for case, name in zip(CASES, NAMES, strict=True)
+    ],
+)
 def test_blocks_know_neither_the_future_nor_other_documents(method, options):
     block = module(Block, config(method, **options))
     x, other = jax.random.normal(jax.random.key(0), (2, 1, 12, 8))

@@ -202,7 +202,10 @@ def test_a_tied_head_is_no_parameter_of_its_own():
         from_torch(small.config, state | {"lm_head.bias": np.zeros(VOCAB)})
 
 
-@pytest.mark.parametrize("method", ["softmax", "biweight"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param("softmax", marks=[pytest.mark.slow, pytest.mark.nightly]), "biweight"],
+)
 def test_training_lowers_the_loss(method):
     """The second half of a copied word becomes easier than a guess among the symbols."""
     made = config(method, max_length=8, embed_dim=16, num_heads=2, learned_bandwidth=True)

@@ -58,7 +58,15 @@ def test_attention_is_the_regression(cell, h):
     np.testing.assert_allclose(regress(queries, keys, values, cell), want, atol=EXACT)
 
 
-@pytest.mark.parametrize("cell", cells("epanechnikov", "biweight", "order1.5", "gaussian"), ids=str)
+@pytest.mark.parametrize(
+    "cell",
+    [
+        *cells("biweight"),
+        *(pytest.param(c, marks=pytest.mark.nightly) for c in cells("epanechnikov", "gaussian")),
+        *(pytest.param(c, marks=pytest.mark.nightly) for c in cells("order1.5")),
+    ],
+    ids=str,
+)
 @pytest.mark.slow
 def test_gradients_agree_through_the_normalisation(cell):
     queries, keys, values = vectors(1)
