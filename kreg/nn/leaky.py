@@ -98,7 +98,8 @@ def _from_earlier_chunks(
     steps = jnp.arange(1, chunk + 1)
     # Not by arrays made alike first: gradients would keep those.
     fading = jnp.exp(-rate[None, :] * steps[:, None])
-    inherited = jnp.einsum("in,cbnh->bcinh", fading, inherited)
+    highest = jax.lax.Precision.HIGHEST
+    inherited = jnp.einsum("in,cbnh->bcinh", fading, inherited, precision=highest)
     return inherited if heirs is None else jnp.where(heirs, inherited, 0)
 
 
