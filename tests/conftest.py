@@ -32,30 +32,28 @@ def pytest_addoption(parser):
     parser.addoption("--few", action="store_true", help=about)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config, items):
     """The examples of the pure core, which are no functions to decorate, belong to the core too."""
     for item in items:
         if item.path.parent == CORE:
             item.add_marker(pytest.mark.core)
+    yield  # here -m takes its choice
+    if config.getoption("few"):
+        taken = list(few(items))
+        config.hook.pytest_deselected(items=[item for item in items if item not in taken])
+        items[:] = taken
 
 
-@pytest.hookimpl(trylast=True, specname="pytest_collection_modifyitems")
-def take_few(config, items):
-    """Thin out what -m has left: two jax differ in what they offer and lower, not in arithmetic."""
-    if not config.getoption("few"):
-        return
-    taken, rest, cases, seen = [], [], collections.Counter(), set()
+def few(items):
+    cases, seen = collections.Counter(), set()
     for item in items:
-        values = set(re.split("[-@]", item.callspec.id)) if hasattr(item, "callspec") else set()
-        values = {(item.path, value) for value in values}
-        test = item.nodeid.partition("[")[0]
-        new = cases[test] < 2 or values - seen
+        test, _, values = item.nodeid.partition("[")
+        values = {(item.path, value) for value in re.split("[-@]", values.removesuffix("]"))}
+        if cases[test] < 2 or values - seen:
+            seen |= values
+            yield item
         cases[test] += 1
-        seen |= values if new else set()
-        (taken if new else rest).append(item)
-    config.hook.pytest_deselected(items=rest)
-    items[:] = taken
 
 
 def pytest_runtest_logfinish():

@@ -50,8 +50,7 @@ def few_keys():
     assert short.MOST_KEYS == 1024
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", mosaic.oldest_too(STRUCTURES, ["two warpgroups"]))
 def test_the_contract_is_kept(name):
     mosaic.check(name, drawn(STRUCTURES[name], 1, 2.0, parts=32))
 
