@@ -272,12 +272,11 @@ def _exp(x: Array) -> Array:
     if x.dtype != jnp.float32:
         return jnp.exp(x)
     y = jnp.maximum(x * math.log2(math.e), -126)
-    # Adding so great a number rounds to whole ones, and leaves them in the last bits.
-    whole = y + 1.5 * 2**23
-    f = y - (whole - 1.5 * 2**23)
+    whole = jnp.round(y)
+    f = y - whole
     p = functools.reduce(lambda p, c: p * f + c, _POWER_OF_TWO[1:], _POWER_OF_TWO[0])
-    bits, shift = (lax.bitcast_convert_type(a, jnp.int32) for a in (p, whole))
-    y = lax.bitcast_convert_type(bits + (shift << 23), jnp.float32)
+    bits = lax.bitcast_convert_type(p, jnp.int32) + (whole.astype(jnp.int32) << 23)
+    y = lax.bitcast_convert_type(bits, jnp.float32)
     return jnp.where(x < _LEAST_EXPONENT, 0, y)
 
 
