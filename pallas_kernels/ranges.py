@@ -48,8 +48,10 @@ def ranges(
     full = -(-jnp.max(firsts, axis=-1) // tile), jnp.min(lasts, axis=-1) // tile
     if is_by_key(mask):
         tiles = mask.tiles(queries, keys, block, tile)[:, 0]
-        # A last tile that is not filled is never seen whole: it has keys that are not there.
-        whole = (tiles > 1) & (jnp.arange(tiles.shape[-1]) < keys // tile)[None, None]
+        # What is not filled is never seen whole: its last keys, or queries, are not there.
+        filled = (jnp.arange(blocks) < queries // block)[:, None]
+        filled = filled & (jnp.arange(tiles.shape[-1]) < keys // tile)[None]
+        whole = (tiles > 1) & filled[None]
         (first, stop), full = (_run(tiles > 0, True), _run(whole, False))
     bounds = jnp.stack(jnp.broadcast_arrays(jnp.minimum(first, stop), stop, *full), axis=-1)
     segments, by_key = _of_keys(mask, batch, queries, blocks * block, columns)

@@ -25,7 +25,10 @@ from pallas_kernels.mosaic_tpu import ATTENTION, attention, sizes
 SMALL = {"B": 1, "N": 2, "K": 1, "H": 16, "V": 16}
 SIMULATED = {
     "biweight": Structure(Shape(T=140, S=270, **SMALL), dtype="bfloat16", options=CAUSAL),
-    "anchored": Structure(Shape(T=70, S=140, **SMALL), "epanechnikov", "anchored"),
+    # Three tiles and three blocks: what has been read is written again.
+    "anchored": Structure(
+        Shape(B=1, T=260, S=520, N=1, K=1, H=16, V=16), "epanechnikov", "anchored"
+    ),
     "fixed": Structure(Shape(T=140, S=70, **SMALL), "biweight", "fixed", "bfloat16"),
 }
 WIDE = {

@@ -40,6 +40,7 @@ def declined(problem: Problem) -> str | None:
         "a null score": problem.null is not None,
         "a boolean mask": mask.array is not None,
         "two sets of segments": len(mask.segments) > 1,
+        "more than 16,777,216 keys, whose numbers are float32": problem.sizes["s"] > 2**24,
         f"heads wider than {_WIDEST[parts]}": max(widths) > _WIDEST[parts],
         "float32 of width over 64 and more than 16,384 keys or queries": parts > 1
         and max(widths) > TILE

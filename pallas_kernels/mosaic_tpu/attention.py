@@ -38,6 +38,7 @@ def declined(problem: Problem) -> str | None:
         "a null score": problem.null is not None,
         "a boolean mask": mask.array is not None,
         "two sets of segments": len(mask.segments) > 1,
+        "more than 16,777,216 keys, whose numbers are float32": problem.sizes["s"] > 2**24,
         f"heads wider than {_WIDEST}": max(widths) > _WIDEST,
         "types that differ, or are not bfloat16 or float32": len(types) > 1 or not types <= _TYPES,
     }

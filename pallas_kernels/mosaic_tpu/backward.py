@@ -52,6 +52,9 @@ def backward(
     """
     arrays = query, dout, key, value, rows, *seen
     dquery, sums = _query_kernel(plan).run(*arrays, live)
+    # All blocks' bounds at once, in a row: scalar memory may pad a last axis of 4.
+    bounds = seen.bounds.reshape(plan.batch, 1, -1)
+    arrays = query, dout, key, value, rows, *seen._replace(bounds=bounds)
     dkey, dvalue = _key_kernel(plan).run(*arrays, jnp.swapaxes(live, 2, 4))
     return dquery, dkey, dvalue, sums
 
@@ -129,7 +132,7 @@ def _key_kernel(plan: Plan) -> Kernel:
             "value": of_tile(plan.value_width),
             "rows": remote(),
             "limits": remote(),
-            "bounds": scalars(None, plan.blocks, 1, 4, at=lambda b, k, j: (b, 0, 0, 0)),
+            "bounds": scalars(None, 1, 4 * plan.blocks, at=lambda b, k, j: (b, 0, 0)),
             "by_key": block(None, 8, tile, at=lambda b, k, j: (b, 0, j)),
             "draws": remote(),
             "word": scalars(None, 1, 1, at=lambda b, k, j: (b, 0, 0)),
@@ -312,7 +315,8 @@ class _OfKeys:
         number = self.tile * sizes.pieces + p
         seen = SimpleNamespace(limits=refs.limit[slot], by_key=refs.by_key[:, here])
         seen.draws = refs.draw[slot] if plan.drops else None
-        whole = (number >= refs.bounds[block, 0, 2]) & (number < refs.bounds[block, 0, 3])
+        first, stop = (refs.bounds[0, 4 * block + i] for i in (2, 3))
+        whole = (number >= first) & (number < stop)
         starts = number * sizes.piece, block * sizes.block
         piece = _Piece(plan, refs, refs.row[slot], seen, whole, *starts)
         query, dout = refs.query[slot], refs.dout[slot]
