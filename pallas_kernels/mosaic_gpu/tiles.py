@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.counter import stays
 from pallas_kernels.mosaic_gpu.plan import ACROSS_WARPS_BYTES, TILE, Plan
 from pallas_kernels.solver import integer
 
@@ -207,25 +208,8 @@ def dropped(plan: Plan, x: Array, drawn, word, tile, axis: int = 0) -> Array:
     layout = ROWS if axis else COLUMNS
     keys = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=layout) + tile * TILE
     queries = across(plgpu.load(drawn, layout=COLUMNS if axis else ROWS), axis=axis)
-    bits = _mixed(_mixed(queries ^ across(keys, axis=1 - axis)) + word)
-    # Compared as numbers without sign.
-    limit = min(round(plan.dropout_rate * 2**32), 2**32 - 1)
-    keep = (bits ^ _signed(2**31)) >= _signed(limit ^ 2**31)
+    keep = stays(queries, across(keys, axis=1 - axis), word, plan.dropout_rate)
     return jnp.where(keep, x * (1 / (1 - plan.dropout_rate)), 0.0)
-
-
-def _mixed(x: Array) -> Array:
-    def right(x, count):
-        return lax.shift_right_logical(x, jnp.full_like(x, count))
-
-    x = (x + _signed(0x9E3779B9)) ^ right(x, 16)
-    x = (x ^ right(x, 16)) * _signed(0x85EBCA6B)
-    x = (x ^ right(x, 13)) * _signed(0xC2B2AE35)
-    return x ^ right(x, 16)
-
-
-def _signed(word: int) -> Array:
-    return jnp.asarray(word - 2**32 if word >= 2**31 else word, jnp.int32)
 
 
 def some_above(rows: Array) -> Array:

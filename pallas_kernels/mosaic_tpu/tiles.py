@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.counter import stays
 from pallas_kernels.mosaic_tpu.plan import Plan
 from pallas_kernels.solver import integer
 
@@ -114,25 +115,8 @@ def dropped(plan: Plan, x: Array, draws, word, start) -> Array:
     if not plan.drops:
         return x
     keys = lax.broadcasted_iota(jnp.int32, x.shape, 0) + start
-    bits = _mixed(_mixed(draws ^ keys) + word[0, 0])
-    # Compared as numbers without sign.
-    limit = min(round(plan.dropout_rate * 2**32), 2**32 - 1)
-    keep = (bits ^ _signed(2**31)) >= _signed(limit ^ 2**31)
+    keep = stays(draws, keys, word[0, 0], plan.dropout_rate)
     return jnp.where(keep, x * (1 / (1 - plan.dropout_rate)), 0.0)
-
-
-def _mixed(x: Array) -> Array:
-    def right(x, count):
-        return lax.shift_right_logical(x, jnp.full_like(x, count))
-
-    x = (x + _signed(0x9E3779B9)) ^ right(x, 16)
-    x = (x ^ right(x, 16)) * _signed(0x85EBCA6B)
-    x = (x ^ right(x, 13)) * _signed(0xC2B2AE35)
-    return x ^ right(x, 16)
-
-
-def _signed(word: int) -> Array:
-    return jnp.asarray(word - 2**32 if word >= 2**31 else word, jnp.int32)
 
 
 def some_above(rows: Array) -> Array:
