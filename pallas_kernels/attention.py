@@ -1,6 +1,7 @@
 """Attention by kernels, whatever they run on: derivatives, and what is said of rows."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from kreg import chunked
-from kreg.bandwidth import Adaptive, Fixed
+from kreg.bandwidth import Adaptive, Anchored, Fixed
 from kreg.derivatives import differentiable
 from kreg.inputs import Inputs, joined, plain, separate, without_dead
 from kreg.kernels import gaussian
@@ -19,6 +20,28 @@ from kreg.rowwise import At
 from kreg.stats import Stats
 from pallas_kernels.ranges import without_keys
 from pallas_kernels.solver import LOWEST
+
+
+def not_taken(problem: Problem) -> dict[str, bool]:
+    """Names what no kernels take, and whether a problem has it."""
+    mask, order = problem.mask, problem.kernel.static_order
+    return {
+        "an order that is an array": order is None,
+        "an order below 1, or the Gaussian": order is not None and not 1 <= order < math.inf,
+        f"{type(problem.rule).__name__}": type(problem.rule) not in (Adaptive, Anchored, Fixed),
+        "a bias": problem.bias is not None,
+        "a soft cap": problem.soft_cap is not None,
+        "a null score": problem.null is not None,
+        "a boolean mask": mask.array is not None,
+        "two sets of segments": len(mask.segments) > 1,
+        "more than 16,777,216 keys, whose numbers are float32": problem.sizes["s"] > 2**24,
+    }
+
+
+def reason(cases: dict[str, bool]) -> str | None:
+    """Says the first of the cases that is so, None where none is."""
+    found = [what for what, is_so in cases.items() if is_so]
+    return f"no kernel for {found[0]}" if found else None
 
 
 class Rows(NamedTuple):
@@ -102,9 +125,9 @@ class Attention:
         return jnp.sum(lax.population_count(found.live)) / jnp.sum(found.work[..., 0])
 
     def _separate(self, problem: Problem) -> tuple[Inputs, Problem]:
-        reason = self.declined(problem)
-        if reason is not None:
-            raise NotImplementedError(f"implementation={self.name!r}: {reason}")
+        why = self.declined(problem)
+        if why is not None:
+            raise NotImplementedError(f"implementation={self.name!r}: {why}")
         return separate(without_dead(problem))
 
     def _call(self, inputs: Inputs, rest: Problem) -> tuple[Array, Found]:

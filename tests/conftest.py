@@ -34,7 +34,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
-    """The examples of the pure core, which are no functions to decorate, belong to the core too."""
+    """The examples of the pure core belong to the core, too; --few thins out what -m leaves."""
     for item in items:
         if item.path.parent == CORE:
             item.add_marker(pytest.mark.core)
@@ -46,6 +46,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def few(items):
+    """Two jax differ in what they offer and lower, not in arithmetic: a few cases will do."""
     cases, seen = collections.Counter(), set()
     for item in items:
         test, _, values = item.nodeid.partition("[")

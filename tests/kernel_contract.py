@@ -13,6 +13,18 @@ from test_contract import Case, Structure, build, check_gradients, check_output,
 
 import kreg
 
+# What no kernels take: a word of the error, and arguments.
+DECLINED = [
+    ("Gaussian", {"kernel": kreg.gaussian}),
+    ("Nearest", {"bandwidth": kreg.Nearest(3)}),
+    ("order", {"kernel": kreg.Kernel(jnp.full((1, 1, 1, 1), 2.0))}),
+    ("bias", {"bias": jnp.zeros((1, 1, 4, 4))}),
+    ("soft cap", {"logits_soft_cap": 1.0}),
+    ("null score", {"null_score": 0.0}),
+    ("boolean mask", {"mask": jnp.ones((4, 4), bool)}),
+    ("wider", {"width": 264}),
+]
+
 
 @dataclass(frozen=True, eq=False)
 class Interpreted:

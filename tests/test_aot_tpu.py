@@ -17,13 +17,12 @@ from jax.sharding import PartitionSpec as P
 from mosaic_steps import mosaic_step
 
 import kreg
+from pallas_kernels.mosaic_tpu.sizes import sizes_of
 
 pytestmark = pytest.mark.aot
 LONGER = [pytest.mark.nightly, pytest.mark.slow]
 MOST_SPILLS = {"v4": 400, "v5e": 130, "v5p": 130, "v6e": 50, "v7x": 8}
 KERNELS = ["gradient_of_keys", "gradient_of_queries", "threshold_and_average"]
-# Generations with as many keys as have their scores kept on chip.
-KEPT = {"v4": 4096, "v5e": 32768, "v5p": 16384, "v6e": 32768, "v7x": 16384}
 
 
 def attend(generation="v5e", **options) -> tpus.Program:
@@ -69,7 +68,8 @@ def test_kernels_are_no_larger_than_the_table_says(generation, width):
     "generation", ["v4", "v6e", *(pytest.param(x, marks=LONGER) for x in ("v5e", "v5p", "v7x"))]
 )
 def test_the_most_scores_that_are_kept_fit(generation):
-    length = KEPT[generation]
+    given = sizes_of(tpus.GENERATIONS[generation].device_kind)
+    length = given.scores // (4 * given.block)
     assert names(attend(generation, width=64, length=length)) == KERNELS
 
 

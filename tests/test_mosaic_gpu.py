@@ -16,7 +16,7 @@ import pytest
 from attention_inputs import Shape, rounded
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from kernel_contract import Interpreted, drawn
+from kernel_contract import DECLINED, Interpreted, drawn
 from test_contract import CAUSAL, Structure
 
 import kreg
@@ -181,14 +181,7 @@ def test_a_query_of_nan_spoils_no_other():
 @pytest.mark.parametrize(
     ("what", "arguments"),
     [
-        ("Gaussian", {"kernel": kreg.gaussian}),
-        ("Nearest", {"bandwidth": kreg.Nearest(3)}),
-        ("order", {"kernel": kreg.Kernel(jnp.full((1, 1, 1, 1), 2.0))}),
-        ("bias", {"bias": jnp.zeros((1, 1, 4, 4))}),
-        ("soft cap", {"logits_soft_cap": 1.0}),
-        ("null score", {"null_score": 0.0}),
-        ("boolean mask", {"mask": jnp.ones((4, 4), bool)}),
-        ("wider", {"width": 264}),
+        *DECLINED,
         ("types", {"dtype": jnp.float64}),
     ],
 )

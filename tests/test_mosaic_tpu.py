@@ -15,7 +15,7 @@ import pytest
 from attention_inputs import Shape, rounded
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from kernel_contract import Interpreted, drawn
+from kernel_contract import DECLINED, Interpreted, drawn
 from test_contract import CAUSAL, Structure
 
 import kreg
@@ -170,14 +170,7 @@ def test_several_runs_side_by_side_drop_what_each_drops_alone(bandwidth):
 @pytest.mark.parametrize(
     ("what", "arguments"),
     [
-        ("Gaussian", {"kernel": kreg.gaussian}),
-        ("Nearest", {"bandwidth": kreg.Nearest(3)}),
-        ("order", {"kernel": kreg.Kernel(jnp.full((1, 1, 1, 1), 2.0))}),
-        ("bias", {"bias": jnp.zeros((1, 1, 4, 4))}),
-        ("soft cap", {"logits_soft_cap": 1.0}),
-        ("null score", {"null_score": 0.0}),
-        ("boolean mask", {"mask": jnp.ones((4, 4), bool)}),
-        ("wider", {"width": 264}),
+        *DECLINED,
         ("types", {"dtype": jnp.float16}),
     ],
 )

@@ -1,15 +1,12 @@
 """Attention by these kernels: what they take, and how operands go in and out."""
 
-import math
-
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kreg.bandwidth import Adaptive, Anchored, Fixed
 from kreg.implementations import device_kind, is_hopper
 from kreg.inputs import Inputs
 from kreg.problem import Problem
-from pallas_kernels.attention import Attention, Found, Pulled, Rows
+from pallas_kernels.attention import Attention, Found, Pulled, Rows, not_taken, reason
 from pallas_kernels.interpreter import effects, interpreted
 from pallas_kernels.mosaic_gpu import short
 from pallas_kernels.mosaic_gpu.backward import backward
@@ -25,22 +22,13 @@ _PARTS = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float16): 1, jnp.dtype(jnp.f
 
 def declined(problem: Problem) -> str | None:
     """Says why the kernels do not take a problem, None where they do."""
-    mask, order = problem.mask, problem.kernel.static_order
     widths = problem.query.shape[-1], problem.value.shape[-1]
     types = {jnp.dtype(x.dtype) for x in (problem.query, problem.key, problem.value)}
     parts = max(_PARTS.get(kind, 1) for kind in types)
     device = device_kind()
-    reasons = {
+    cases = {
         f"{device}, only for Hopper": device != "cpu" and not is_hopper(device),
-        "an order that is an array": order is None,
-        "an order below 1, or the Gaussian": order is not None and not 1 <= order < math.inf,
-        f"{type(problem.rule).__name__}": type(problem.rule) not in (Adaptive, Anchored, Fixed),
-        "a bias": problem.bias is not None,
-        "a soft cap": problem.soft_cap is not None,
-        "a null score": problem.null is not None,
-        "a boolean mask": mask.array is not None,
-        "two sets of segments": len(mask.segments) > 1,
-        "more than 16,777,216 keys, whose numbers are float32": problem.sizes["s"] > 2**24,
+        **not_taken(problem),
         f"heads wider than {_WIDEST[parts]}": max(widths) > _WIDEST[parts],
         "float32 of width over 64 and more than 16,384 keys or queries": parts > 1
         and max(widths) > TILE
@@ -48,8 +36,7 @@ def declined(problem: Problem) -> str | None:
         "types that differ, or are not bfloat16, float16 or float32": len(types) > 1
         or not types <= set(_PARTS),
     }
-    found = [what for what, is_so in reasons.items() if is_so]
-    return f"no kernel for {found[0]}" if found else None
+    return reason(cases)
 
 
 def _plan(inputs: Inputs, rest: Problem) -> Plan:

@@ -1,15 +1,12 @@
 """Attention by these kernels: what they take, and how the work is cut."""
 
-import math
-
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kreg.bandwidth import Adaptive, Anchored, Fixed
 from kreg.implementations import device_kind
-from kreg.inputs import Inputs, separate
+from kreg.inputs import Inputs
 from kreg.problem import Problem
-from pallas_kernels.attention import Attention, Found, Pulled, Rows
+from pallas_kernels.attention import Attention, Found, Pulled, Rows, not_taken, reason
 from pallas_kernels.interpreter import effects
 from pallas_kernels.mosaic_tpu.backward import backward
 from pallas_kernels.mosaic_tpu.forward import forward
@@ -24,28 +21,20 @@ _TYPES = {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}
 
 def declined(problem: Problem) -> str | None:
     """Says why the kernels do not take a problem, None where they do."""
-    mask, order = problem.mask, problem.kernel.static_order
     widths = problem.query.shape[-1], problem.value.shape[-1]
     types = {jnp.dtype(x.dtype) for x in (problem.query, problem.key, problem.value)}
-    device = device_kind()
-    reasons = {
+    device, sizes = device_kind(), problem.sizes
+    share = sizes["n"] // sizes["k"]
+    scalars = sizes_of(device).scalar_bytes(sizes["t"], share)
+    cases = {
         f"{device}, only for TPUs from v4 to v7x": not is_known(device),
-        "an order that is an array": order is None,
-        "an order below 1, or the Gaussian": order is not None and not 1 <= order < math.inf,
-        f"{type(problem.rule).__name__}": type(problem.rule) not in (Adaptive, Anchored, Fixed),
-        "a bias": problem.bias is not None,
-        "a soft cap": problem.soft_cap is not None,
-        "a null score": problem.null is not None,
-        "a boolean mask": mask.array is not None,
-        "two sets of segments": len(mask.segments) > 1,
-        "more than 16,777,216 keys, whose numbers are float32": problem.sizes["s"] > 2**24,
+        **not_taken(problem),
         f"heads wider than {_WIDEST}": max(widths) > _WIDEST,
         "types that differ, or are not bfloat16 or float32": len(types) > 1 or not types <= _TYPES,
+        f"lists of tiles of {sizes['t']} queries, {share} heads to a key head": scalars
+        > SCALAR_BYTES,
     }
-    found = [what for what, is_so in reasons.items() if is_so]
-    if not found and _plan(*separate(problem)).scalar_bytes > SCALAR_BYTES:
-        found = ["so many queries with so many heads to a key head: their lists of tiles"]
-    return f"no kernel for {found[0]}" if found else None
+    return reason(cases)
 
 
 def _plan(inputs: Inputs, rest: Problem) -> Plan:

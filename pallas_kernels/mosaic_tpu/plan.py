@@ -78,8 +78,3 @@ class Plan:
     def keeps(self) -> bool:
         """Whether the scores of a block stay on chip, and are formed once."""
         return 4 * self.columns * self.sizes.block <= self.sizes.scores
-
-    @property
-    def scalar_bytes(self) -> int:
-        """Scalar memory that the kernel of keys takes, the greediest: bits of tiles and bounds."""
-        return 4 * self.blocks * (2 * self.share + 2 * 4 + 1)

@@ -23,11 +23,18 @@ class Sizes(NamedTuple):
     def tile(self) -> int:
         return self.piece * self.pieces
 
+    def scalar_bytes(self, queries: int, share: int) -> int:
+        """Scalar memory that the kernel of keys takes, the greediest: bits of tiles and bounds.
+
+        share: heads that share a key head.
+        """
+        return 4 * -(-queries // self.block) * (2 * share + 2 * 4 + 1)
+
 
 _MIB = 2**20
-# Pieces of 256 keys suit the matrix units of v6e and v7x better, but there spill up to ten times as
-# many registers (`make schedules`). Scores of a block take a kilobyte a key; of vector memory v4
-# has 16 MiB, v5e and v6e 128, v5p and v7x 64.
+# Pieces of 256 keys suit the matrix units of v6e and v7x better, but on v6e the forward kernel then
+# spills 377 registers, not 37 (change `piece` here: `make schedules` tells). Scores of a block take
+# a kilobyte a key; of vector memory v4 has 16 MiB, v5e and v6e 128, v5p and v7x 64.
 _SMALL = Sizes(block=256, piece=128, pieces=4, scores=4 * _MIB)
 _MIDDLE = _SMALL._replace(scores=16 * _MIB, memory=40 * _MIB)
 _LARGE = _SMALL._replace(scores=32 * _MIB, memory=64 * _MIB)

@@ -51,7 +51,7 @@ def _dot(plan: Plan, left, right, contracted) -> Array:
 class Stream:
     """Tiles of arrays in the device's memory that come in while others are worked on.
 
-    sources: (array, index of the part that is fetched from as a function of the tile, buffers).
+    sources: from a tile to the part of an array that is fetched, and the buffers it goes to.
     """
 
     def __init__(self, *sources: tuple[Callable, Any], semaphores):
