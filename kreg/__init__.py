@@ -1,5 +1,6 @@
 """Attention as kernel regression: sparse attention with compact kernels, in JAX."""
 
+from kreg import sharding as sharding
 from kreg.attention import attention as attention
 from kreg.attention import explain_implementation as explain_implementation
 from kreg.bandwidth import Adaptive as Adaptive

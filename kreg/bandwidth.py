@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float
 
 from kreg.deformed import Scale, relative_scale
 from kreg.kernels import Kernel
+from kreg.nearest import ranked
+from kreg.split import WHOLE, Split
 from kreg.threshold import relative_gap
 
 
@@ -28,7 +30,10 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(
-        cls, scores: Float[Array, "*rows n"], where: Bool[Array, "*#rows n"] | None = None
+        cls,
+        scores: Float[Array, "*rows n"],
+        where: Bool[Array, "*#rows n"] | None = None,
+        split: Split = WHOLE,
     ) -> "Rows":
         """Measures scores from the row's best; those of -inf are inadmissible where None."""
         if where is None:
@@ -36,7 +41,7 @@ class Rows(NamedTuple):
             where = (scores > -jnp.inf) | jnp.isnan(scores)
         scores = jnp.where(where, scores, 0)
         floor = -(jnp.finfo(scores.dtype).max ** 0.5)
-        best = jnp.max(scores, axis=-1, keepdims=True, where=where, initial=-jnp.inf)
+        best = split.max(scores, where=where, initial=-jnp.inf)
         # Scores of +inf are the caller's; a row without keys has best -inf here.
         best = jax.lax.stop_gradient(jnp.where(best == -jnp.inf, 0, best))
         depth = jnp.where(where, jnp.maximum(scores - best, floor), floor)
@@ -81,7 +86,7 @@ class Rule:
     def __hash__(self) -> int:
         return hash(self._value())
 
-    def cut(self, rows: Rows, kernel: Kernel, fixed: Array) -> Cut:
+    def cut(self, rows: Rows, kernel: Kernel, fixed: Array, split: Split = WHOLE) -> Cut:
         """Finds where the rows are cut; `fixed` is the threshold that `Fixed` stands for."""
         raise NotImplementedError
 
@@ -105,11 +110,11 @@ class Adaptive(Rule):
     def __init__(self, h: ArrayLike = 1.0):
         self.h = h
 
-    def cut(self, rows: Rows, kernel: Kernel, fixed: Array) -> Cut:
+    def cut(self, rows: Rows, kernel: Kernel, fixed: Array, split: Split = WHOLE) -> Cut:
         dtype = rows.depth.dtype
         excess = jnp.asarray(kernel.excess, dtype)
         order = kernel.order if kernel.is_static else None
-        return from_relative_gap(relative_gap(order, rows.depth, excess), excess, rows)
+        return from_relative_gap(relative_gap(order, rows.depth, excess, split), excess, rows)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -127,14 +132,12 @@ class Anchored(Rule):
     def __init__(self, h: ArrayLike = 1.0):
         self.h = h
 
-    def cut(self, rows: Rows, kernel: Kernel, fixed: Array) -> Cut:
+    def cut(self, rows: Rows, kernel: Kernel, fixed: Array, split: Split = WHOLE) -> Cut:
         excess = jnp.asarray(kernel.excess, rows.depth.dtype)
         # By index, for the gradient: scores formed again in the backward pass may differ in the
         # last bit, and a comparison with the maximum would then find no key at all.
-        index = jnp.argmax(rows.depth, axis=-1, keepdims=True)
-        keys = jax.lax.broadcasted_iota(index.dtype, rows.depth.shape, rows.depth.ndim - 1)
-        at_best = (keys == index) & rows.where
-        best = jnp.sum(jnp.where(at_best, rows.depth, 0), axis=-1, keepdims=True)
+        at_best = split.at_best(rows.depth) & rows.where
+        (best,) = split.sums(jnp.where(at_best, rows.depth, 0))
         return from_relative_gap(1 - excess * best, excess, rows)
 
 
@@ -155,7 +158,7 @@ class Fixed(Rule):
     def __init__(self, h: ArrayLike):
         self.h = h
 
-    def cut(self, rows: Rows, kernel: Kernel, fixed: Array) -> Cut:
+    def cut(self, rows: Rows, kernel: Kernel, fixed: Array, split: Split = WHOLE) -> Cut:
         gap = rows.best - fixed
         if kernel.is_static and kernel.order == 0:
             keep = (gap < 0) | (rows.depth >= -gap)
@@ -200,17 +203,15 @@ class Nearest(Rule):
     def __repr__(self) -> str:
         return f"Nearest(k={self.k}, h={self.h})"
 
-    def cut(self, rows: Rows, kernel: Kernel, fixed: Array) -> Cut:
-        n = rows.depth.shape[-1]
+    def cut(self, rows: Rows, kernel: Kernel, fixed: Array, split: Split = WHOLE) -> Cut:
         # One copy of the scores: ties with the k-th must hold to the last bit.
         depth = jax.lax.optimization_barrier(rows.depth)
-        ranked = jax.lax.top_k(depth, min(self.k + 1, n))[0]
-        at = ranked[..., min(self.k, n) - 1, None]
+        at, after = ranked(depth, self.k, split)
         keep = rows.where & (depth >= at)
-        few = jnp.sum(rows.where, axis=-1, keepdims=True, dtype=jnp.int32) <= self.k
+        few = split.count(rows.where) <= self.k
         if kernel.is_static and kernel.order in (0, float("inf")):
             return Cut(Scale(-at, at, at), jnp.where(few, -jnp.inf, rows.best + at), keep)
-        gap = -ranked[..., -1:]
+        gap = -after
         cut = _from_gap(gap, kernel, rows, few | (gap <= 0))
         return cut._replace(keep=keep, threshold=jnp.where(few, -jnp.inf, cut.threshold))
 

@@ -57,11 +57,12 @@ def _alive(problem: Problem, block: int) -> tuple[Bool[Array, "#B #N T"], Bool[A
     def body(seen, part):
         whole = join(part)
         where = reference.admissible(whole)
-        return seen | reference.seen_keys(whole, where), jnp.swapaxes(jnp.any(where, axis=-1), 1, 2)
+        rows = problem.split.any(where)[..., 0]
+        return seen | reference.seen_keys(whole, where), jnp.swapaxes(rows, 1, 2)
 
-    first = jax.tree.map(lambda x: x[0], parts)
-    shape = jax.eval_shape(lambda part: body(False, part)[0], first)
-    seen, rows = jax.lax.scan(body, jnp.zeros(shape.shape, bool), parts)
+    first, _ = body(False, [x[0] for x in parts])
+    # Of the type that it stays, on every mesh; nothing of it is computed.
+    seen, rows = jax.lax.scan(body, first & False, parts)
     return jnp.swapaxes(_unsplit(rows, problem.sizes["t"]), 1, 2), seen
 
 

@@ -47,7 +47,8 @@ from kreg.threshold import THRESHOLD
 def takes(problem: Problem) -> bool:
     """True where this path computes the problem."""
     return (
-        problem.soft_cap is None
+        problem.split.axis is None
+        and problem.soft_cap is None
         and problem.null is None
         and (problem.bias is None or math.prod(jnp.shape(problem.rule.h)) == 1)
     )

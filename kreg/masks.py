@@ -139,6 +139,22 @@ class Mask:
         where = where[:, None]
         return where if self.array is None else where & self.array
 
+    def seen_from(self, row: int | Array, column: int | Array) -> "Mask":
+        """The mask of a part of the queries and keys, whose first ones had these numbers.
+
+        Its arrays must have been cut to the part already.
+        """
+        moved = _bare()
+        moved.array, moved.segments = self.array, self.segments
+        by = {"key": -column, "query": -row, "lower": row - column, "upper": row - column}
+        for name in _RANGES:
+            value = getattr(self, name)
+            if value is not None:
+                value = value + by[name.split("_")[0]]
+                value = _offset(value) if name in ("lower", "upper") else value
+            setattr(moved, name, value)
+        return moved
+
     def tiles(self, queries: int, keys: int, rows: int, columns: int) -> Int[Array, "#B #N I J"]:
         """Tells of each tile of rows x columns what is proven: 0 empty, 2 full; 1 is not known.
 

@@ -134,7 +134,7 @@ class Local:
         if words is None:
             return p
         part = self.part(block, start, first)
-        keep = keep_mask(words, rate, part.pairs, part.rows, part.columns)
+        keep = keep_mask(words, rate, part.pairs, *part.drawn)
         return jnp.where(_by_group(keep, *p.shape[:2]), p / (1 - rate), 0)
 
     def scores(self, block: Block, start, first) -> Float[Array, "k G C L"]:

@@ -15,15 +15,16 @@ from jaxtyping import Array, Float, Int, UInt32
 from kreg.bandwidth import Rule
 from kreg.kernels import Kernel
 from kreg.masks import Mask
+from kreg.split import WHOLE, Split
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
         "query", "key", "value", "bias", "null", "mask", "kernel", "rule", "rows", "columns",
-        "pairs", "scale", "dropout_key",
+        "pairs", "scale", "dropout_key", "draws",
     ],
-    meta_fields=["soft_cap", "dropout_rate", "precision", "with_stats"],
+    meta_fields=["soft_cap", "dropout_rate", "precision", "with_stats", "split"],
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -37,7 +38,7 @@ class Problem:
     mask: Mask
     kernel: Kernel  # an order that is an array has shape [#B, #N, #T, 1]
     rule: Rule  # with h an array of shape [#B, #N, #T, 1]
-    rows: Int[Array, " T"]  # absolute index of each query; parts of a problem keep theirs
+    rows: Int[Array, " T"]  # number of each query; parts of a problem keep theirs
     columns: Int[Array, " S"]
     pairs: UInt32[Array, "B N"]  # absolute index of each batch entry and head
     scale: Float[Array, ""]
@@ -46,6 +47,9 @@ class Problem:
     dropout_rate: float
     precision: jax.lax.PrecisionLike
     with_stats: bool
+    split: Split = WHOLE  # of the keys; those of the problem are the ones here
+    # Numbers that dropout draws by, where these are a larger problem's.
+    draws: tuple[Int[Array, " T"], Int[Array, " S"]] | None = None
 
     @property
     def dtype(self):
@@ -80,7 +84,13 @@ class Problem:
             pairs="bn",
             scale="",
             dropout_key=named(self.dropout_key, "."),
+            draws=None if self.draws is None else ("t", "s"),
         )
+
+    @property
+    def drawn(self) -> tuple[Int[Array, " T"], Int[Array, " S"]]:
+        """Numbers of queries and keys that dropout draws by."""
+        return (self.rows, self.columns) if self.draws is None else self.draws
 
     def part(self, **cuts: tuple[int | Array, int]) -> "Problem":
         """Cuts axes to (start, size); arrays of size 1 along an axis serve all parts of it.
@@ -91,6 +101,17 @@ class Problem:
         for axis, (start, size) in cuts.items():
             problem = problem._along(axis, functools.partial(_slice, start=start, size=size))
         return problem
+
+    def lengthened(self, axis: str, more: int) -> "Problem":
+        """Adds entries at the end of an axis; what they hold is finite where the last entry is."""
+
+        def pad(x, at):
+            return jnp.pad(x, [(0, more if i == at else 0) for i in range(x.ndim)], mode="edge")
+
+        sizes = self.sizes
+        problem = self._along(axis, pad)
+        numbers = {"t": "rows", "s": "columns"}[axis]
+        return dataclasses.replace(problem, **{numbers: jnp.arange(sizes[axis] + more)})
 
     def _along(self, axis: str, change: Callable[[Array, int], Array]) -> "Problem":
         """Changes every array that has the axis at more than size 1."""

@@ -19,7 +19,8 @@ def attend(problem: Problem) -> tuple[Float[Array, "B T N V"], Stats | None]:
     """Attends with all scores in memory."""
     where = admissible(problem)
     if not sees_all(problem):
-        problem = without_dead(problem, jnp.any(where, axis=-1), seen_keys(problem, where))
+        rows = problem.split.any(where)[..., 0]
+        problem = without_dead(problem, rows, seen_keys(problem, where))
     return attend_rows(problem, where)
 
 
@@ -35,7 +36,7 @@ def attend_rows(
     values = problem.value.astype(problem.dtype)
     heads = values.shape[2]
     weights = weights.reshape(z.shape[0], heads, -1, *z.shape[2:])
-    out = _mix(weights, values, problem.precision)
+    (out,) = problem.split.joined(_mix(weights, values, problem.precision))
     out = out.reshape(*problem.query.shape[:3], -1).astype(problem.value.dtype)
     if not problem.with_stats:
         return out, None
@@ -46,8 +47,9 @@ def certified(problem: Problem, stats: Stats) -> Stats:
     """Adds to the residuals what rounding inside q.k may have moved the scores by."""
     norm = jnp.linalg.norm
     query = norm(problem.query.astype(jnp.float32), axis=-1)
-    key = jnp.max(norm(problem.key.astype(jnp.float32), axis=-1), axis=1)
-    key = jnp.repeat(key, query.shape[-1] // key.shape[-1], axis=-1)[:, None]
+    key = norm(problem.key.astype(jnp.float32), axis=-1)
+    key = jnp.swapaxes(problem.split.max(jnp.swapaxes(key, 1, 2)), 1, 2)
+    key = jnp.repeat(key, query.shape[-1] // key.shape[-1], axis=-1)
     h = jnp.swapaxes(jnp.asarray(problem.rule.h, jnp.float32), 1, 2)[..., 0]
     largest = query * key * jnp.abs(problem.scale.astype(jnp.float32)) / jnp.square(h)
     rounding = jnp.finfo(jnp.float32).eps * (4 + problem.query.shape[-1] / 16) * largest
@@ -74,14 +76,16 @@ def _weigh(
     shift: Float[Array, "#B #N #T 1"],
 ) -> tuple[Float[Array, "B N T S"], Stats]:
     """Weighs the scores; a null score is one more key, whose weight goes nowhere."""
-    kernel, rule, fixed = problem.kernel, problem.rule, -0.5
+    kernel, rule, fixed, split = problem.kernel, problem.rule, -0.5, problem.split
     if problem.null is None:
-        return weigh(z, where, kernel, rule, fixed)
+        return weigh(z, where, kernel, rule, fixed, split=split)
     null = problem.null / jnp.square(jnp.asarray(rule.h, z.dtype)) - shift
     null = jnp.broadcast_to(null, (*z.shape[:-1], 1))
-    where = jnp.concatenate([where, jnp.ones_like(null, bool)], axis=-1)
-    weights, stats = weigh(jnp.concatenate([z, null], axis=-1), where, kernel, rule, fixed)
-    taken = jnp.astype(weights[..., -1] > 0, jnp.int32)
+    # One of all keys, wherever they are.
+    where = jnp.concatenate([where, jnp.ones_like(null, bool) & split.is_first], axis=-1)
+    z = jnp.concatenate([z, null], axis=-1)
+    weights, stats = weigh(z, where, kernel, rule, fixed, split=split)
+    taken = split.count(weights[..., -1:] > 0)[..., 0]
     return weights[..., :-1], stats._replace(support=stats.support - taken)
 
 
@@ -170,5 +174,5 @@ def _drop(
     problem: Problem, words: UInt32[Array, " 2"], weights: Float[Array, "B N T S"]
 ) -> Float[Array, "B N T S"]:
     rate = problem.dropout_rate
-    keep = keep_mask(words, rate, problem.pairs, problem.rows, problem.columns)
+    keep = keep_mask(words, rate, problem.pairs, *problem.drawn)
     return jnp.where(keep, weights / (1 - rate), 0)

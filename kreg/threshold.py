@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from kreg.deformed import log1p_quotient, powers, relative_scale
 from kreg.kernels import Kernel
+from kreg.split import WHOLE, Split
 
 # Name under which the chunked path saves rho, so that its backward pass does not solve again.
 THRESHOLD = "kreg_threshold"
@@ -27,11 +28,16 @@ THRESHOLD = "kreg_threshold"
 # Far above what convergence takes (8 steps are usual); it only ends rows that hold NaN.
 _MOST_STEPS = 100
 _STRIDE = 8
+# Steps on the keys that are here, before any over the mesh: they cost no messages.
+_LOCAL_STEPS = 6
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
 def relative_gap(
-    order: float | None, depth: Float[Array, "*rows n"], excess: Float[Array, "*#rows 1"]
+    order: float | None,
+    depth: Float[Array, "*rows n"],
+    excess: Float[Array, "*#rows 1"],
+    split: Split = WHOLE,
 ) -> Float[Array, "*rows 1"]:
     r"""Solves $\sum_j [\rho + a d_j]_+^{1/a} = 1$ for rho, row by row.
 
@@ -39,19 +45,17 @@ def relative_gap(
         order: r where it is a Python number, None where it is traced.
         depth: d, with row maximum 0, and very negative where a key is inadmissible.
         excess: a = 1/r, broadcast against the rows.
+        split: where the keys are.
 
     Returns:
         rho; 1 for a row without admissible keys.
     """
     kernel = _kernel(order, excess)
     convex = kernel.is_static and kernel.order >= 1
-    steps = functools.partial(_newton if convex else _safeguarded, kernel, depth, excess)
-    rho = depth[..., :1] * 0 + 1
-    part = strided(depth)
-    if part is not depth:  # a few steps on a part of the row: its root is on the same side
-        near = jax.lax.fori_loop(0, 4, lambda _, x: _newton(kernel, part, excess, x, x, x)[0], rho)
-        rho = jnp.where(jnp.asarray(excess) <= 1, near, rho)
-    low = jnp.broadcast_to(depth.shape[-1] ** -jnp.asarray(excess, rho.dtype), rho.shape)
+    steps = functools.partial(_newton if convex else _safeguarded, kernel, depth, excess, split)
+    rho = _start(kernel, depth, excess, split)
+    keys = split.keys(depth.shape[-1])
+    low = rho * 0 + keys ** -jnp.asarray(excess, rho.dtype)
 
     def unfinished(carry):
         step, _, _, _, done = carry
@@ -67,6 +71,27 @@ def relative_gap(
 
     carry = (0, rho, low, jnp.maximum(rho, 1), rho != rho)
     return jax.lax.while_loop(unfinished, advance, carry)[1]
+
+
+def _start(kernel: Kernel, depth: Array, excess: Array, split: Split) -> Float[Array, "*rows 1"]:
+    """Newton's method on a part of the keys, whose root is on the same side as that of all.
+
+    The part is the best of every few keys of a long row; where keys are split, those here.
+    """
+    rho = depth[..., :1] * 0 + 1
+    is_convex = jnp.asarray(excess) <= 1
+
+    def step(part, rho):
+        return _newton(kernel, part, excess, WHOLE, rho, rho, rho)[0]
+
+    part = strided(depth)
+    if part is not depth:
+        near = jax.lax.fori_loop(0, 4, lambda _, rho: step(part, rho), rho)
+        rho = jnp.where(is_convex, near, rho)
+    if split.axis is None:
+        return rho
+    near = jax.lax.fori_loop(0, _LOCAL_STEPS, lambda _, rho: step(depth, rho), rho)
+    return split.min(jnp.where(is_convex, near, rho))
 
 
 def strided(z: Float[Array, "*rows n"]) -> Float[Array, "*rows m"]:
@@ -90,26 +115,26 @@ def norm(
     depth: Float[Array, "*rows n"],
     excess: Float[Array, "*#rows 1"],
     rho: Float[Array, "*rows 1"],
+    split: Split = WHOLE,
 ) -> tuple[Float[Array, "*rows 1"], Float[Array, "*rows 1"]]:
     r"""Evaluates $g = (\sum [\rho + a d]_+^r)^a$ and Newton's step of rho towards g = 1."""
     power, lower = powers(kernel, relative_scale(rho, excess), depth)
-    total = jnp.sum(power, axis=-1, keepdims=True)
-    slope = jnp.sum(lower, axis=-1, keepdims=True)
+    total, slope = split.sums(power, lower)
     root = jnp.where(total > 0, total, 1) ** jnp.asarray(excess, total.dtype)
     step = (rho * root - 1) * total / (root * jnp.where(slope > 0, slope, 1))
     return rho * root, jnp.where(total > 0, step, 0)
 
 
-def _newton(kernel, depth, excess, rho, low, high):
-    _, step = norm(kernel, depth, excess, rho)
+def _newton(kernel, depth, excess, split, rho, low, high):
+    _, step = norm(kernel, depth, excess, rho, split)
     # No movement at this precision, a step back (rounding), or NaN: the row is finished.
     done = ~(step > 2 * jnp.finfo(rho.dtype).eps * rho)
     return jnp.where(step > 0, rho - step, rho), low, high, done
 
 
-def _safeguarded(kernel, depth, excess, rho, low, high):
+def _safeguarded(kernel, depth, excess, split, rho, low, high):
     """Newton where the norm is convex (a <= 1), else halves the bracket of log rho."""
-    g, step = norm(kernel, depth, excess, rho)
+    g, step = norm(kernel, depth, excess, rho, split)
     eps = jnp.finfo(rho.dtype).eps
     low, high = jnp.where(g < 1, rho, low), jnp.where(g < 1, high, rho)
     middle = jnp.sqrt(low) * jnp.sqrt(high)
@@ -120,10 +145,10 @@ def _safeguarded(kernel, depth, excess, rho, low, high):
 
 
 @relative_gap.defjvp
-def _relative_gap_jvp(order, primals, tangents):
+def _relative_gap_jvp(order, split, primals, tangents):
     depth, excess = primals
-    rho = checkpoint_name(relative_gap(order, depth, excess), THRESHOLD)
-    return rho, _change(order, depth, excess, rho, *tangents)
+    rho = checkpoint_name(relative_gap(order, depth, excess, split), THRESHOLD)
+    return rho, _change(order, depth, excess, rho, *tangents, split)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -143,26 +168,29 @@ def _known_gap_jvp(order, primals, tangents):
     return rho, _change(order, depth, excess, rho, *tangents[:2])
 
 
-def _change(order, depth, excess, rho, ddepth, dexcess) -> Float[Array, "*rows 1"]:
+def _change(
+    order, depth, excess, rho, ddepth, dexcess, split: Split = WHOLE
+) -> Float[Array, "*rows 1"]:
     """How rho changes, by the implicit function theorem."""
     kernel = _kernel(order, excess)
     power, lower = powers(kernel, relative_scale(rho, excess), depth)
     # u is the derivative of the powers, scaled to have sum 1.
-    slope = jnp.sum(lower, axis=-1, keepdims=True)
+    total, slope = split.sums(power, lower)
     u = lower / jnp.where(slope > 0, slope, 1)
-    drho = -excess * jnp.sum(u * ddepth, axis=-1, keepdims=True)
+    (moved,) = split.sums(u * ddepth)
+    drho = -excess * moved
     if kernel.is_static:
         return drho
-    total = jnp.sum(power, axis=-1, keepdims=True)
     total = jnp.where(total > 0, total, 1)
     reach = excess / rho
     alive = power > 0
     safe = jnp.where(alive, depth, 0)
     logs = safe * log1p_quotient(jnp.where(alive, reach * safe, 0)) / rho
-    entropy = jnp.log(total) - jnp.sum(power / total * logs, axis=-1, keepdims=True)
+    mean, depths = split.sums(power / total * logs, u * safe)
+    entropy = jnp.log(total) - mean
     # u per unit of x, where x = rho (1 + b d) and the powers sum to 1 at the root.
     per_x = jnp.where(slope > 0, slope, 1) / (total * rho)
-    return drho - (jnp.sum(u * safe, axis=-1, keepdims=True) + entropy / per_x) * dexcess
+    return drho - (depths + entropy / per_x) * dexcess
 
 
 def _kernel(order: float | None, excess: Array) -> Kernel:

@@ -14,12 +14,13 @@ from kreg.cache import in_cache
 from kreg.deformed import powers
 from kreg.derivatives import differentiable
 from kreg.kernels import Kernel
+from kreg.split import WHOLE, Split
 from kreg.stats import Stats
 from kreg.threshold import THRESHOLD
 
 
 # Compiled as one, so that calls outside jit do not trace and compile their loops each time.
-@functools.partial(jax.jit, static_argnames="many")
+@functools.partial(jax.jit, static_argnames=("many", "split"))
 def weigh(
     scores: Float[Array, "*rows n"],
     where: Bool[Array, "*#rows n"] | None,
@@ -27,6 +28,7 @@ def weigh(
     rule: Rule,
     fixed: Float[Array, "*#rows 1"] | float = 0.0,
     many: bool = False,
+    split: Split = WHOLE,
 ) -> tuple[Float[Array, "*rows n"], Stats]:
     r"""Weighs scores z = s/h^2 along the last axis.
 
@@ -38,24 +40,28 @@ def weigh(
         rule: where the row is cut.
         fixed: threshold that `Fixed` stands for.
         many: whether the rows may be more than a cache holds; attention's come in blocks already.
+        split: where the keys are; each row's weights sum to 1 over all of them.
     """
     powers = rowwise.Powers.of(kernel, rule)
-    if powers is not None and (kernel.is_gaussian or powers.rule is Adaptive):
+    if split.axis is None and powers is not None and (kernel.is_gaussian or powers.rule is Adaptive):
         z = scores if where is None else jnp.where(where, scores, -jnp.inf)
         weights, found = _entmax(powers.order, many)(z, ())
         return weights, powers.stats(z, found, rowwise.At())
-    rows = Rows.of(scores, where)
-    weights, cut, alive = weigh_depths(rows, kernel, rule, jnp.asarray(fixed, scores.dtype))
-    return weights, Stats.of(rows, kernel, cut, isinstance(rule, Adaptive), alive)
+    rows = Rows.of(scores, where, split)
+    fixed = jnp.asarray(fixed, scores.dtype)
+    weights, cut, alive = weigh_depths(rows, kernel, rule, fixed, split)
+    return weights, Stats.of(rows, kernel, cut, isinstance(rule, Adaptive), alive, split)
 
 
 def weigh_depths(
-    rows: Rows, kernel: Kernel, rule: Rule, fixed: Array
+    rows: Rows, kernel: Kernel, rule: Rule, fixed: Array, split: Split = WHOLE
 ) -> tuple[Float[Array, "*rows n"], Cut, Bool[Array, "*rows n"]]:
     """Weighs by any kernel and rule; also returns where rows are cut and which keys have weight."""
-    cut = rule.cut(rows, kernel, fixed)
+    cut = rule.cut(rows, kernel, fixed, split)
     raw, alive = _raw_weights(rows, kernel, cut)
-    return raw / _total(raw), cut, alive
+    (total,) = split.sums(raw)
+    # A row without keys has weights 0.
+    return raw / jnp.where(total > 0, total, 1), cut, alive
 
 
 @functools.cache
@@ -85,12 +91,6 @@ def _entmax(order: float, many: bool) -> Callable:
 def _plain_entmax(order: float, z: Float[Array, "*rows n"], _) -> Float[Array, "*rows n"]:
     rows = rowwise.solve(order, z)
     return rowwise.weights_and_slopes(order, z, rows)[0] * rows.scale[..., None]
-
-
-def _total(raw: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:
-    """Sums a row of weights; 1 for a row without keys, whose weights are 0."""
-    total = jnp.sum(raw, axis=-1, keepdims=True)
-    return jnp.where(total > 0, total, 1)
 
 
 def _raw_weights(rows: Rows, kernel: Kernel, cut: Cut) -> tuple[Array, Array]:

@@ -29,6 +29,7 @@ def not_taken(problem: Problem) -> dict[str, bool]:
         "an order that is an array": order is None,
         "an order below 1, or the Gaussian": order is not None and not 1 <= order < math.inf,
         f"{type(problem.rule).__name__}": type(problem.rule) not in (Adaptive, Anchored, Fixed),
+        "keys that are split over a mesh": problem.split.axis is not None,
         "a bias": problem.bias is not None,
         "a soft cap": problem.soft_cap is not None,
         "a null score": problem.null is not None,

@@ -19,6 +19,8 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# For what runs on a mesh; everything else runs on the first of them.
+jax.config.update("jax_num_cpu_devices", 8)
 
 CORE = Path(__file__).resolve().parent.parent / "kreg"
 # Every compiled program takes a few mappings of memory, of which Linux gives a process 65,530; the

@@ -43,6 +43,8 @@ class MosaicConfig:
       compat: None (the theory), "dense", "eft" or "nano": the released files, see
         `kreg.nn.compat`.
       implementation: handed to `kreg.attention`.
+      layout: axes of the mesh of `jax.set_mesh` over which batch and sequence are split; None on
+        one device.
 
     Raises:
       ValueError: a number out of range, or a combination that means nothing.
@@ -78,6 +80,7 @@ class MosaicConfig:
     remat: bool = False
     compat: str | None = None
     implementation: str | None = None
+    layout: kreg.sharding.Layout | None = None
 
     def __post_init__(self) -> None:
         sizes = "vocab_size num_layers num_heads embed_dim memory_size memory_count"
@@ -130,6 +133,8 @@ class TransformerConfig:
       tie_weights: the output matrix is the embedding.
       remat: recompute the activations of each block in the backward pass.
       implementation: handed to `kreg.attention`.
+      layout: axes of the mesh of `jax.set_mesh` over which batch and sequence are split; None on
+        one device.
 
     Raises:
       ValueError: a number out of range, or a combination that means nothing.
@@ -165,6 +170,7 @@ class TransformerConfig:
     tie_weights: bool = True
     remat: bool = False
     implementation: str | None = None
+    layout: kreg.sharding.Layout | None = None
 
     def __post_init__(self) -> None:
         _check_counts(self, "vocab_size num_layers num_heads embed_dim hidden_dim max_length")

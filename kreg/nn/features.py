@@ -144,7 +144,10 @@ class KeyFeatures(nnx.Module):
             config, taps=config.key_kernel, low_rank=config.low_rank_keys, ahead=0, rngs=rngs
         )
         self.average = LeakyAverage(
-            config.num_heads, normalised=released.normalised_average, bare=released.bare_average
+            config.num_heads,
+            normalised=released.normalised_average,
+            bare=released.bare_average,
+            layout=config.layout,
         )
 
     def __call__(

@@ -8,7 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int
+
+from kreg.sharding.places import Layout, Places
 
 # A chunk costs L^2 multiplications per head and column but saves L sequential steps; on two CPU
 # cores 16 to 64 take the same time, which is less than a scan over T or an associative scan.
@@ -40,6 +43,11 @@ def decayed_sum(
       >>> decayed_sum(x, jnp.log(jnp.array([2.0])))[0, :, 0, 0].tolist()
       [1.0, 1.5, 1.75]
     """
+    return _decayed_sum(x, rate, documents).astype(x.dtype)
+
+
+def _decayed_sum(x: Array, rate: Array, documents: Array | None) -> Float[Array, "B T N H"]:
+    """Sum without rounding to x's type."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     length = x.shape[1]
     chunk = min(_CHUNK, length)
@@ -53,7 +61,7 @@ def decayed_sum(
     local = _within_chunks(z, rate.astype(dtype), documents)
     if count > 1:
         local = local + _from_earlier_chunks(local[:, :, -1], rate.astype(dtype), documents, chunk)
-    return local.reshape(x.shape[0], count * chunk, *x.shape[2:])[:, :length].astype(x.dtype)
+    return local.reshape(x.shape[0], count * chunk, *x.shape[2:])[:, :length]
 
 
 def _within_chunks(
@@ -94,13 +102,66 @@ def _from_earlier_chunks(
         return kept + end, total
 
     ends_first = jnp.moveaxis(last, 1, 0)
-    _, inherited = jax.lax.scan(carry_on, jnp.zeros_like(ends_first[0]), (ends_first, going_on))
+    _, inherited = jax.lax.scan(carry_on, ends_first[0] * 0, (ends_first, going_on))
     steps = jnp.arange(1, chunk + 1)
     # Not by arrays made alike first: gradients would keep those.
     fading = jnp.exp(-rate[None, :] * steps[:, None])
     highest = jax.lax.Precision.HIGHEST
     inherited = jnp.einsum("in,cbnh->bcinh", fading, inherited, precision=highest)
     return inherited if heirs is None else jnp.where(heirs, inherited, 0)
+
+
+def split_decayed_sum(
+    x: Float[Array, "B T N H"],
+    rate: Float[Array, " N"],
+    documents: Int[Array, "B T"] | None,
+    layout: Layout,
+) -> Float[Array, "B T N H"]:
+    """Sum as `decayed_sum` does, with time split over a mesh.
+
+    Devices sum their own parts, then tell each other the sums at their ends: one vector a head of
+    every sequence. What a part inherits is a sum over the parts before it.
+    """
+    places = Places.of(None, layout._replace(heads=None))
+    specs = [places.spec(x.shape, "bt.."), jax.sharding.PartitionSpec()]
+    arguments = [x, rate]
+    if documents is not None:
+        specs.append(places.spec(documents.shape, "bt"))
+        arguments.append(documents)
+    axis = places.sequence
+
+    def body(x, rate, documents=None):
+        total = _decayed_sum(x, rate, documents)
+        if axis is not None:
+            total = total + _from_earlier_parts(total, rate.astype(total.dtype), documents, axis)
+        return total.astype(x.dtype)
+
+    return places.run(body, tuple(specs), specs[0], tuple(arguments), checks=True)
+
+
+def _from_earlier_parts(
+    here: Float[Array, "B T N H"],
+    rate: Float[Array, " N"],
+    documents: Int[Array, "B T"] | None,
+    axis: str,
+) -> Float[Array, "B T N H"]:
+    """What the sums at the ends of earlier parts have become at each position of this one."""
+    steps, index = here.shape[1], lax.axis_index(axis)
+    part = jnp.arange(lax.axis_size(axis))
+    ends = lax.all_gather(here[:, -1], axis)
+    # From the end of part i to the end of the part before this one.
+    lag = jnp.maximum((index - 1 - part) * steps, 0)[:, None]
+    shares = jnp.where((part < index)[:, None], jnp.exp(-rate[None] * lag), 0)
+    fading = jnp.exp(-rate[None] * jnp.arange(1, steps + 1)[:, None])
+    highest = lax.Precision.HIGHEST
+    if documents is None:
+        inherited = jnp.einsum("pn,pbnh->bnh", shares, ends, precision=highest)
+        return fading[None, :, :, None] * inherited[:, None]
+    # A document is one run of numbers that ascend, so what ends in it is all it inherits.
+    of_ends = lax.all_gather(documents[:, -1], axis)
+    same = (of_ends[:, :, None] == documents[None]).astype(here.dtype)
+    inherited = jnp.einsum("pn,pbt,pbnh->btnh", shares, same, ends, precision=highest)
+    return fading[None, :, :, None] * inherited
 
 
 def leaky_average(
@@ -146,8 +207,15 @@ class LeakyAverage(nnx.Module):
       [1.0, 1.0, 1.0]
     """
 
-    def __init__(self, num_heads: int, *, normalised: bool = False, bare: bool = False) -> None:
-        self.normalised, self.bare = normalised, bare
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        normalised: bool = False,
+        bare: bool = False,
+        layout: Layout | None = None,
+    ) -> None:
+        self.normalised, self.bare, self.layout = normalised, bare, layout
         self.decay = nnx.Param(jnp.linspace(0.05, 0.5, num_heads))
 
     def rate(self) -> Float[Array, " N"]:
@@ -158,13 +226,18 @@ class LeakyAverage(nnx.Module):
         self, z: Float[Array, "B T N H"], documents: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T N H"]:
         """Average over the past of each position, within its document."""
+        total = self._sum(z, documents)
         if self.bare:
-            return decayed_sum(z, self.rate(), documents)
+            return total
         if not self.normalised:
-            return leaky_average(z, self.rate(), documents)
+            return per_head(-jnp.expm1(-self.rate()), z) * total
         ones = jnp.ones_like(z[:1, :, :, :1] if documents is None else z[..., :1])
-        weight = decayed_sum(ones, self.rate(), documents)
-        return decayed_sum(z, self.rate(), documents) / weight
+        return total / self._sum(ones, documents)
+
+    def _sum(self, z: Array, documents: Array | None) -> Array:
+        if self.layout is None:
+            return decayed_sum(z, self.rate(), documents)
+        return split_decayed_sum(z, self.rate(), documents, self.layout)
 
     def start(self, batch: int, head_dim: int) -> LeakyState:
         """The state before the first step."""

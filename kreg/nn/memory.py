@@ -4,6 +4,7 @@ Axes: B batch, T time, C width of the stream, N heads, H head width, S pairs, W 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,13 @@ def dropout(x: Float[Array, "*S"], rate: float, key: Array | None) -> Float[Arra
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), 0)
+
+
+def attend_over(layout: kreg.sharding.Layout | None) -> Callable[..., Any]:
+    """The attention of sequences of which every position is a query: on one device, or split."""
+    if layout is None:
+        return kreg.attention
+    return functools.partial(kreg.sharding.attention, form="gather", **layout._asdict())
 
 
 def split_key(key: Array | None) -> tuple[Array | None, Array | None]:
@@ -151,7 +159,7 @@ class ContextualMemory(nnx.Module):
 
     def _attend(self, key: Array, value: Array, documents: Array | None, **options: Any) -> Any:
         method = self._method(key)
-        return kreg.attention(
+        return attend_over(self.config.layout)(
             key,
             key,
             value,
@@ -266,16 +274,14 @@ class PersistentMemory(nnx.Module):
         values = self.memory_values[...].astype(key.dtype)
         largest = variant(config.compat).largest_memory_exponent
         beta = inverse_bandwidth(self.kernel_beta[...], largest)[None, :, None, None]
-        # Every position sees the same pairs, so batch and time are one axis of queries.
-        query = key.reshape(1, -1, *key.shape[2:])
         drops = [None] * config.memory_count
         if dropout_key is not None:
             drops = list(jax.random.split(dropout_key, config.memory_count))
         answers = [
-            kreg.attention(
-                query,
-                keys[i : i + 1],
-                values[i : i + 1],
+            self._attend(
+                key,
+                keys[i],
+                values[i],
                 kernel=kreg.gaussian,
                 bandwidth=kreg.Adaptive(1 / beta),
                 scale=1.0,
@@ -285,7 +291,15 @@ class PersistentMemory(nnx.Module):
             )
             for i in range(config.memory_count)
         ]
-        return (functools.reduce(jnp.add, answers) / config.memory_count).reshape(key.shape)
+        return functools.reduce(jnp.add, answers) / config.memory_count
+
+    def _attend(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
+        """Every position sees the same pairs, so batch and time are one axis of queries."""
+        layout = self.config.layout
+        if layout is not None:
+            return kreg.sharding.to_shared_keys(query, key, value, layout, **options)
+        flat = query.reshape(1, -1, *query.shape[2:])
+        return kreg.attention(flat, key[None], value[None], **options).reshape(query.shape)
 
     def start(self, batch: int, dtype: jnp.dtype) -> PersistentCache:
         """An empty cache."""

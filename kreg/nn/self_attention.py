@@ -14,7 +14,7 @@ import kreg
 from kreg.bandwidth import Rule
 from kreg.nn.config import TransformerConfig
 from kreg.nn.features import document_index, unit
-from kreg.nn.memory import dropout, split_key
+from kreg.nn.memory import attend_over, dropout, split_key
 from kreg.stats import Stats
 
 _SPREAD = 0.02
@@ -126,7 +126,7 @@ class SelfAttention(nnx.Module):
         config = self.config
         query, key, value = self._project(x)
         query, rule = self._sharpened(query, where.position)
-        return kreg.attention(
+        return attend_over(config.layout)(
             query,
             key,
             value,

@@ -76,7 +76,7 @@ class Draws(NamedTuple):
         words = problem.dropout_key
         if words is None:
             return cls(jnp.zeros((1, 1, 1, TILE), jnp.int32), jnp.zeros(1, jnp.int32))
-        rows = jnp.pad(problem.rows, (0, plan.blocks * TILE - plan.queries))
+        rows = jnp.pad(problem.drawn[0], (0, plan.blocks * TILE - plan.queries))
         found = row_states(words, problem.pairs, rows).astype(jnp.int32)
         shape = plan.batch, plan.heads, plan.blocks, TILE
         return cls(found.reshape(shape), words[1:].astype(jnp.int32))

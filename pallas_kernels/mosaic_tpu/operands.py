@@ -58,6 +58,6 @@ def _draws(problem: Problem, plan: Plan) -> tuple[Array, Array]:
     if words is None:
         draws = jnp.zeros((plan.batch, plan.heads, 1, plan.rows), jnp.int32)
         return draws, jnp.zeros((plan.batch, 1, 1), jnp.int32)
-    rows = jnp.pad(problem.rows, (0, plan.rows - plan.queries))
+    rows = jnp.pad(problem.drawn[0], (0, plan.rows - plan.queries))
     found = row_states(words, problem.pairs, rows).astype(jnp.int32)[:, :, None]
     return found, jnp.broadcast_to(words[1:].astype(jnp.int32), (plan.batch, 1, 1))
