@@ -1,12 +1,10 @@
 """Attention over a mesh: what one device gives, whatever is split; and what is sent."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 import test_contract as contract
 from attention_inputs import Shape, draw
@@ -14,6 +12,9 @@ from cells import FOUR, Cell
 from jax.sharding import AxisType
 
 import kreg
+from experiments.scaling.collectives import messages, sent
+from kreg.canonical import canonical
+from kreg.sharding.traffic import ROUNDS, Traffic
 
 FORMS = ("gather", "keys")
 
@@ -69,7 +70,7 @@ def both(op, arrays, **options):
     def run(query, key, value):
         def loss(*qkv):
             out, stats = op(*qkv, return_stats=True, **options)
-            return jnp.vdot(out, cotangent), (out, stats)
+            return jnp.sum(out * cotangent), (out, stats)
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
 
@@ -116,9 +117,11 @@ def test_batch_heads_and_sequence(kind, form):
     arrays = draw(Shape(B=2, T=32, S=32, N=4, K=2))
     want = both(kreg.attention, arrays, is_causal=True)
     over = mesh(kind, data=2, model=2, sequence=2)
-    spec = jax.P("data", "sequence", "model")
+    spec, whole = jax.P("data", "sequence", "model"), jax.P("data", None, "model")
+    specs = [spec, spec, spec, whole if form == "keys" else spec]
     placed = [
-        jax.device_put(np.asarray(x, np.float32), jax.NamedSharding(over, spec)) for x in arrays
+        jax.device_put(np.asarray(x, np.float32), jax.NamedSharding(over, s))
+        for x, s in zip(arrays, specs, strict=True)
     ]
     with jax.set_mesh(over):
         op = functools.partial(
@@ -164,21 +167,77 @@ def test_forward_derivatives_and_curvature():
     same(curvature(functools.partial(kreg.attention, implementation="reference")), curvature(split("keys", 4)))
 
 
-class Sent:
-    """What the devices of a compiled program send, by the shapes in its text."""
+def compiled(form: str, devices: int, shape: Shape, gradients: bool = True, **options):
+    """The collectives of attention, and of its gradients, in the order of the program."""
+    q = jax.ShapeDtypeStruct((shape.B, shape.T, shape.N, shape.H), jnp.float32)
+    k = jax.ShapeDtypeStruct((shape.B, shape.S, shape.K, shape.H), jnp.float32)
+    v = jax.ShapeDtypeStruct((shape.B, shape.S, shape.K, shape.V), jnp.float32)
+    op = functools.partial(split(form, devices), **options)
 
-    PATTERN = re.compile(
-        r"= \(?(\w+)\[([\d,]*)\]\S*.* (all-reduce|all-gather|reduce-scatter|collective-permute|"
-        r"all-to-all)(?:-start)?\("
+    def loss(q, k, v, g):
+        return jnp.vdot(op(q, k, v), g)
+
+    g = jax.ShapeDtypeStruct((*q.shape[:3], shape.V), jnp.float32)
+    over = mesh(sequence=devices)
+    by_time = jax.NamedSharding(over, jax.P(None, "sequence"))
+    whole = jax.NamedSharding(over, jax.P())
+    of_queries = by_time if form == "gather" else whole
+    run = jax.jit(
+        jax.value_and_grad(loss, argnums=(0, 1, 2)) if gradients else lambda q, k, v, g: op(q, k, v),
+        in_shardings=(of_queries, by_time, by_time, of_queries),
+        out_shardings=(whole, (of_queries, by_time, by_time)) if gradients else of_queries,
     )
-    BYTES = {"f32": 4, "s32": 4, "bf16": 2, "f64": 8, "pred": 1, "u32": 4}
+    return messages(run.lower(q, k, v, g).compile().as_text())
 
-    def __init__(self, op, *shapes, devices: int):
-        self.devices = devices
-        text = jax.jit(op).lower(*shapes).compile().as_text()
-        self.messages = [
-            (kind, self.BYTES[dtype] * int(np.prod([int(n) for n in shape.split(",") if n])), at)
-            for at, line in enumerate(text.splitlines())
-            for dtype, shape, kind in self.PATTERN.findall(line)
-        ]
-        self.text = text
+
+FEW = Shape(B=1, T=16, S=1024, N=4, K=4, H=64, V=64)
+
+
+def test_keys_that_stay_do_not_move():
+    """A round of the search sends at most 16 bytes a row, and nothing is as large as the keys."""
+    found = compiled("keys", 8, FEW, gradients=False)
+    assert {message.kind for message in found} == {"all-reduce"}
+    rows = FEW.B * FEW.N * FEW.T
+    rounds = [message for message in found if None in message.loops]
+    assert rounds and all(message.bytes <= 16 * rows for message in rounds)
+    # What is left is sums of outputs, and numbers of rows.
+    assert all(message.bytes <= 4 * rows * FEW.V for message in found)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_sent_is_what_the_rule_says(form):
+    shape = FEW if form == "keys" else Shape(B=1, T=256, S=256, N=2, K=2, H=64, V=64)
+    found = compiled(form, 8, shape)
+    traffic = Traffic.of(canonical(*(jnp.zeros(s) for s in sizes(shape))), 8)
+    assert sent(found, trips=ROUNDS) == pytest.approx(getattr(traffic, form), rel=0.1)
+
+
+def sizes(shape: Shape):
+    of_keys = shape.B, shape.S, shape.K
+    return (shape.B, shape.T, shape.N, shape.H), (*of_keys, shape.H), (*of_keys, shape.V)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sequence": "time"}, "sequence: expected axes of the mesh"),
+        ({"batch": "sequence", "sequence": "sequence"}, "expected axes of the mesh, each once"),
+        ({"heads": "sequence"}, "heads: expected axes whose size divides the 3"),
+        ({"form": "ring"}, "form: expected None"),
+        ({"form": "keys"}, "sequence: expected an axis"),
+        ({"sequence": "sequence", "implementation": "none"}, "implementation: expected"),
+    ],
+)
+def test_errors(options, message):
+    x = jnp.zeros((1, 8, 3, 4))
+    with pytest.raises(ValueError, match=message):
+        kreg.sharding.attention(x, x, x, mesh=mesh(sequence=2), **options)
+    with pytest.raises(ValueError, match="set one with jax.set_mesh"):
+        kreg.sharding.attention(x, x, x, sequence="sequence")
+
+
+def test_kernels_decline_keys_that_are_split():
+    x = jnp.zeros((1, 128, 2, 16))
+    op = split("keys", 2, "mosaic_tpu")
+    with pytest.raises(NotImplementedError, match="keys that are split over a mesh"):
+        op(x, x, x)

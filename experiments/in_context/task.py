@@ -24,8 +24,9 @@ from experiments.in_context.objective import (
 )
 from experiments.methods import method
 from experiments.regbench import VOCAB_SIZE, Benchmark, make_split, ngram
-from experiments.runs.task import Program, Task, operations
+from experiments.runs.task import Program, Task, layout_of, operations
 from kreg.nn import MemoryMosaic, MosaicConfig
+from kreg.sharding import Layout
 from kreg.training import adamw, batches
 from kreg.training.data import BatchIterator
 from kreg.training.schedules import regbench
@@ -49,7 +50,9 @@ class Data:
         return held_out(self.benchmark.test, self.batch_size)
 
 
-def make_model(name: str, sizes: Model, compat: str | None, seed: int) -> MemoryMosaic:
+def make_model(
+    name: str, sizes: Model, compat: str | None, seed: int, layout: Layout | None = None
+) -> MemoryMosaic:
     """Build the model of a method with its initial parameters."""
     config = MosaicConfig(
         vocab_size=VOCAB_SIZE,
@@ -61,6 +64,7 @@ def make_model(name: str, sizes: Model, compat: str | None, seed: int) -> Memory
         attention_dropout=sizes.attention_dropout,
         hidden_dropout=sizes.hidden_dropout,
         compat=compat,
+        layout=layout,
     )
     return MemoryMosaic(config, rngs=nnx.Rngs(seed))
 
@@ -68,7 +72,7 @@ def make_model(name: str, sizes: Model, compat: str | None, seed: int) -> Memory
 def _build(config: Config, name: str) -> Program:
     training = config.training
     optimizer = (training.weight_decay, training.clip, config.steps)
-    return _program(name, config.model, config.compat, *optimizer)
+    return _program(name, config.model, config.compat, layout_of(config), *optimizer)
 
 
 @functools.cache
@@ -76,11 +80,14 @@ def _program(
     name: str,
     sizes: Model,
     compat: str | None,
+    layout: Layout | None,
     weight_decay: float,
     clip: float,
     total_steps: int,
 ) -> Program:
-    graph, _ = nnx.split(nnx.eval_shape(lambda: make_model(name, sizes, compat, 0)), nnx.Param)
+    graph, _ = nnx.split(
+        nnx.eval_shape(lambda: make_model(name, sizes, compat, 0, layout)), nnx.Param
+    )
 
     def apply(params, tokens, key):
         return nnx.merge(graph, params)(tokens, dropout_key=key)

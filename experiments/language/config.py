@@ -119,6 +119,10 @@ class Config:
     together: str = "auto"
     """Seeds of a method in one program: a number, or auto (all on an accelerator, 1 on a CPU).
     A run's folder does not show it, and a run that was stopped goes on with others or alone."""
+    devices: str = ""
+    """How a run is split over devices, such as data=2,fsdp=4 or sequence=8: rows of a batch over
+    the first two, parameters over fsdp, time over sequence. As many as there are, in all processes.
+    Nothing for one. A run that was stopped goes on with any other."""
     compat: Literal["dense", "eft"] | None = None
     """Compute the methods of Memory Mosaics as one of the authors' two files does, faults too."""
     text: Text = field(default_factory=Text)

@@ -8,6 +8,7 @@ import kreg
 from experiments.language.config import Sizes
 from experiments.methods import method
 from kreg.nn import MemoryMosaic, MosaicConfig, Transformer, TransformerConfig
+from kreg.sharding import Layout
 
 type Model = MemoryMosaic | Transformer
 
@@ -21,6 +22,7 @@ def make_model(
     block: int,
     compat: str | None = None,
     seed: int = 0,
+    layout: Layout | None = None,
 ) -> Model:
     """Build the model of a method with its initial parameters.
 
@@ -37,6 +39,7 @@ def make_model(
         "attention_dropout": sizes.attention_dropout,
         "hidden_dropout": sizes.hidden_dropout,
         "remat": sizes.remat,
+        "layout": layout,
     }
     rngs = nnx.Rngs(seed)
     if kind == "mosaic":

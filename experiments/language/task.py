@@ -26,7 +26,8 @@ from experiments.language.objective import (
     summary,
 )
 from experiments.runs.experiment import DataError
-from experiments.runs.task import Program, Task, matrix_decay, operations
+from experiments.runs.task import Program, Task, layout_of, matrix_decay, operations
+from kreg.sharding import Layout
 from kreg.training import batches, decay_matrices
 from kreg.training.data import Batch, BatchIterator, Source
 from kreg.training.optimizer import names
@@ -100,7 +101,7 @@ def _build(config: Config, name: str) -> Program:
     vocab_size = text.TOKENIZERS[config.text.tokenizer].vocab_size
     # The learning rate is the optimizer's argument, the evaluations are the loop's.
     training = (config.training, config.text.block, vocab_size)
-    return _program(config.model, name, config.sizes, config.compat, *training)
+    return _program(config.model, name, config.sizes, config.compat, layout_of(config), *training)
 
 
 @functools.cache
@@ -109,12 +110,14 @@ def _program(
     name: str,
     sizes: Sizes,
     compat: str | None,
+    layout: Layout | None,
     training: Training,
     block: int,
     vocab_size: int,
 ) -> Program:
     def model(seed: int):
         options = {"vocab_size": vocab_size, "block": block, "compat": compat, "seed": seed}
+        options["layout"] = layout
         return make_model(kind, name, sizes, **options)
 
     graph, _ = nnx.split(nnx.eval_shape(lambda: model(0)), nnx.Param)

@@ -37,6 +37,7 @@ def _reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
     # Only now: these take seconds to import, and --help needs none of them.
     from experiments.runs.sweep import prepare, sweep
     from kreg.training import CheckpointError
+    from kreg.training.writer import is_first
 
     try:
         prepare(experiment, config)
@@ -47,6 +48,8 @@ def _reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
     # Other errors in here are ours, and deserve their traceback.
     except (CheckpointError, DataError, OSError) as error:
         return explain(error)
+    if not is_first():
+        return 0 if complete else 3
     write_table(experiment, config.folder)
     write_cost(experiment, config.folder)
     try:

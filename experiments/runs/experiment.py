@@ -125,6 +125,18 @@ def check_runs(config: Config) -> None:
         raise ValueError(f"--together: expected auto or at least 1, got {config.together!r}")
     if config.time_limit is not None and not config.time_limit > 0:
         raise ValueError(f"--time-limit: expected a positive number, got {config.time_limit}")
+    check_devices(config)
+
+
+def check_devices(config: Config) -> None:
+    """Raise ValueError for devices that are none, or that several runs in one program have."""
+    devices = getattr(config, "devices", "")
+    if devices and not re.fullmatch(r"(data|fsdp|sequence)=[1-9]\d*(,(data|fsdp|sequence)=[1-9]\d*)*", devices):
+        raise ValueError(
+            f"--devices: expected data, fsdp or sequence, each with =COUNT, got {devices!r}"
+        )
+    if devices and config.together not in ("auto", "1"):
+        raise ValueError(f"--together: expected 1 with --devices, got {config.together}")
 
 
 def check_heads(config: Config, part: str) -> None:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from experiments.runs import environment
 from experiments.runs.experiment import Config
 from experiments.runs.json_files import read_json, write_json
 from experiments.runs.results import METRICS, RESULT, RUN, run_folder
-from experiments.runs.task import Program, Task, step_of, steps_of
+from experiments.runs.task import Program, Task, devices_of, step_of, steps_of
 from kreg.training import (
     Progress,
     TrainResult,
@@ -27,6 +27,7 @@ from kreg.training import (
 )
 from kreg.training.data import BatchIterator
 from kreg.training.run_directory import RunDirectory
+from kreg.training.writer import is_first
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ def run[C: Config, D](
         label: what the progress line calls these runs.
     """
     config, method = settings[0].config, settings[0].method
-    for setting in settings:
-        _open_session(setting, len(settings))
+    if is_first():
+        for setting in settings:
+            _open_session(setting, len(settings))
     program = task.build(config, method)
     params = [program.init(setting.seed) for setting in settings]
     with ExitStack() as open_iterators:
@@ -140,8 +142,10 @@ def _train(
     folders = [setting.folder for setting in settings]
     configs = [setting.described() for setting in settings]
     if len(settings) == 1:
-        step = step_of(program, rates[0])
-        options |= {"config": configs[0], "progress": Progress(label)}
+        devices = devices_of(settings[0].config)
+        step = step_of(program, rates[0], devices)
+        options |= {"config": configs[0], "progress": Progress(label, quiet=not is_first())}
+        options["devices"] = devices
         return [train(folders[0], states[0], step, batches[0], **options)]
     return train_together(
         folders,
@@ -165,7 +169,11 @@ def _test(
     best_step: int | None,
 ) -> None:
     """Measure the best checkpoint and write the result, which ends the run."""
-    found = program.test(load_params(setting.folder, "best", like), data)
+    devices, params = devices_of(setting.config), load_params(setting.folder, "best", like)
+    with nullcontext() if devices is None else jax.set_mesh(devices.mesh):
+        found = program.test(params if devices is None else devices.place(params), data)
+    if not is_first():
+        return
     about = {"best_step": best_step, "parameters": sum(x.size for x in jax.tree.leaves(like))}
     cost = _cost(setting, task.tokens_per_batch(setting.config, data))
     write_json(setting.folder / RESULT, found | about | cost)

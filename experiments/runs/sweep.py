@@ -12,8 +12,9 @@ from experiments.runs.experiment import Config, Experiment
 from experiments.runs.json_files import read_json, write_json
 from experiments.runs.results import BASELINES, EXPERIMENT
 from experiments.runs.run import Setting, announce, check_owner, run
-from experiments.runs.task import Task
+from experiments.runs.task import Task, devices_of
 from kreg.training.run_directory import as_json, first_difference
+from kreg.training.writer import is_first, wait_for_all
 
 
 def settings(config: Config) -> list[Setting]:
@@ -69,9 +70,11 @@ def sweep[C: Config](experiment: Experiment[C], config: C, say: Callable[[str], 
     data = task.load(config)
     _describe(experiment.name, task, config, data, say)
     everything = settings(config)
-    for setting in everything:
-        announce(setting)
+    if is_first():
+        for setting in everything:
+            announce(setting)
     waiting = [setting for setting in everything if not setting.finished]
+    wait_for_all("the list of runs")
     if skipped := len(everything) - len(waiting):
         say(f"{skipped} of {len(everything)} runs are finished already")
     companies = in_company(waiting, company_size(config))
@@ -92,6 +95,8 @@ def company_size(config: Config) -> int:
     """
     if config.together != "auto":
         return int(config.together)
+    if devices_of(config) is not None:
+        return 1
     return 1 if jax.default_backend() == "cpu" else len(settings(config)) // len(config.methods)
 
 
@@ -138,6 +143,8 @@ def _describe(name: str, task: Task, config: Config, data: Any, say: Callable[[s
     """Write what the runs share, facts about their data, and what scores without training."""
     facts, sentence = task.describe(config, data)
     shared = {"name": name, "experiment": config.experiment(), "benchmark": facts}
+    if not is_first():
+        return
     write_json(config.folder / EXPERIMENT, shared)
     say(sentence)
     if not (config.folder / BASELINES).is_file() and (baselines := task.baselines(data)):

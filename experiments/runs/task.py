@@ -9,7 +9,8 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from experiments.runs.experiment import Config
-from kreg.training import adamw, decay_matrices, make_step, make_steps
+from kreg.sharding import Layout
+from kreg.training import Devices, adamw, decay_matrices, make_step, make_steps
 from kreg.training.data import BatchIterator
 from kreg.training.schedules import warmup_cosine
 from kreg.training.step import LossFn, StepFn
@@ -66,11 +67,23 @@ def operations(parameters: int, *, layers: int, width: int, batch: int, length: 
     return 3 * batch * length * 2.0 * (parameters + layers * width * length)
 
 
+def devices_of(config: Config) -> Devices | None:
+    """How a run is split over devices; None for one."""
+    text = getattr(config, "devices", "")
+    return Devices.of(text) if text else None
+
+
+def layout_of(config: Config) -> Layout | None:
+    """What a model is to be told of it."""
+    devices = devices_of(config)
+    return None if devices is None else devices.layout
+
+
 # Cached, so that the runs of a method are compiled once, not one by one.
 @functools.cache
-def step_of(program: Program, learning_rate: float) -> StepFn:
+def step_of(program: Program, learning_rate: float, devices: Devices | None = None) -> StepFn:
     """Return the update of a run alone."""
-    return make_step(program.loss, program.optimizer(learning_rate))
+    return make_step(program.loss, program.optimizer(learning_rate), devices=devices)
 
 
 @functools.cache

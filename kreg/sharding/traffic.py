@@ -5,11 +5,11 @@ w of a sum. Gathering n bytes, or scattering their sum, sends (P - 1)/P n from e
 that all receive twice that. Output and all gradients:
 
     gather:  (P - 1)/P  2 e B S K (H + V)
-    keys:   2(P - 1)/P  w B N T (V + H + 4 + 2 R)
+    keys:   2(P - 1)/P  w B N T (V + H + 8 + 2 R)
 
 Gathering brings keys and values to all, and their gradients back. With keys that stay, the sums of
 outputs (V), of the queries' gradients (H), and of rows go around: the best score, where the search
-starts, the total and one number back; and two sums in each of R rounds of the search.
+starts, the total, five numbers back; and two sums in each of R rounds of the search.
 """
 
 from typing import NamedTuple
@@ -35,7 +35,7 @@ class Traffic(NamedTuple):
         narrow, wide = problem.key.dtype.itemsize, problem.dtype.itemsize
         return cls(
             share * 2 * narrow * batch * keys * groups * (width + values),
-            2 * share * wide * batch * heads * queries * (values + width + 4 + 2 * rounds),
+            2 * share * wide * batch * heads * queries * (values + width + 8 + 2 * rounds),
         )
 
     @property

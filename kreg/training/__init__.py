@@ -2,6 +2,7 @@
 
 from kreg.training.checkpoint import CheckpointError as CheckpointError
 from kreg.training.data import batches as batches
+from kreg.training.devices import Devices as Devices
 from kreg.training.loop import TrainResult as TrainResult
 from kreg.training.loop import load_params as load_params
 from kreg.training.loop import train as train

@@ -28,6 +28,7 @@ from jaxtyping import Array, PyTree
 from orbax.checkpoint import v1 as ocp
 
 from kreg.training.state import TrainState
+from kreg.training.writer import is_first, wait_for_all
 
 _ARRAYS, _META, _SUMS = "arrays", "meta.json", "SHA256SUMS"
 
@@ -63,22 +64,27 @@ def write_checkpoint(path: Path, state: TrainState, meta: Meta) -> None:
     """Save a state as the folder `path`.
 
     Where that is impossible (no space, no permission), OSError names the folder, and nothing is
-    left behind.
+    left behind. Of several processes all must call, each having a part of the arrays.
     """
     unfinished = path.with_name(f".unfinished_{path.name}")
     parts = {name: _flatten(jax.tree.map(_raw, tree)) for name, tree in _parts(state).items()}
     described = {name: {k: _describe(v) for k, v in part.items()} for name, part in parts.items()}
     text = json.dumps(asdict(meta) | {"arrays": described}, indent=1)
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        if is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        wait_for_all(f"the folder of {path.name}")
         with _quiet():
             ocp.save_checkpointables(str((unfinished / _ARRAYS).absolute()), parts)
-        (unfinished / _META).write_text(text)
-        (unfinished / _SUMS).write_text(
-            "".join(f"{digest}  {name}\n" for name, digest in _digests(unfinished).items())
-        )
-        unfinished.rename(path)
+        wait_for_all(f"the arrays of {path.name}")
+        if is_first():
+            (unfinished / _META).write_text(text)
+            (unfinished / _SUMS).write_text(
+                "".join(f"{digest}  {name}\n" for name, digest in _digests(unfinished).items())
+            )
+            unfinished.rename(path)
+        wait_for_all(f"all of {path.name}")
     # Orbax reports a full disk as ValueError, OSError or an error of its own, by the file it hit.
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)

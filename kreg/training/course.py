@@ -17,10 +17,11 @@ from jaxtyping import Array, PyTree
 
 from kreg.training.checkpoint import Meta, read_meta, read_state
 from kreg.training.data import BatchIterator
-from kreg.training.metrics import MetricsFile
+from kreg.training.metrics import MetricsFile, Silent
 from kreg.training.progress import Progress
 from kreg.training.run_directory import RunDirectory
 from kreg.training.state import TrainState
+from kreg.training.writer import is_first
 
 type Evaluate = Callable[[PyTree[Array]], dict[str, float]]
 
@@ -124,7 +125,9 @@ class Course:
     def begun(self) -> Iterator[None]:
         """Hold the log open; after an OSError it is as the last checkpoint left it."""
         self._watch = _Watch(self._meta.seconds, self.step)
-        self._log = MetricsFile(self.directory.metrics, step=self.step)
+        self._log = Silent()
+        if is_first():
+            self._log = MetricsFile(self.directory.metrics, step=self.step)
         self.directory.sweep()
         try:
             if 0 < self.step < self.plan.steps:

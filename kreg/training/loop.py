@@ -1,6 +1,7 @@
 """The loop of a run: it goes on where the last call stopped, to its last step."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -12,12 +13,14 @@ from jaxtyping import Array, PyTree
 from kreg.training.checkpoint import read_params
 from kreg.training.course import Course, Evaluate, Plan
 from kreg.training.data import BatchIterator
+from kreg.training.devices import Devices
 from kreg.training.follow import ALONE, follow
 from kreg.training.progress import Progress
 from kreg.training.run_directory import RunDirectory
 from kreg.training.state import TrainState
 from kreg.training.step import StepFn
 from kreg.training.stopping import Stopping
+from kreg.training.writer import is_first
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def train(
     keep_last: int = 2,
     time_limit: float | None = None,
     progress: Progress | None = None,
+    devices: Devices | None = None,
 ) -> TrainResult:
     """Run a training to its last step, from wherever `directory` says that it is.
 
@@ -94,6 +98,8 @@ def train(
         keep_last: how many of the last checkpoints stay; the best one stays, too.
         time_limit: seconds after which to save and return; at least one update is done.
         progress: where to show what happens; by default on standard error.
+        devices: how the run is split over devices, of this process or of several that make the
+            same call; None for one. A run may go on with other ones: nothing stored depends on it.
 
     Raises:
         ValueError: another config; a damaged checkpoint (CheckpointError), or another model's.
@@ -126,13 +132,19 @@ def train(
     )
     # The step donates its state; the caller keeps a usable one.
     state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+    if devices is not None:
+        state = devices.place(state)
     run = RunDirectory(Path(directory), best, keep_last)
-    with Stopping(time_limit) as stopping, run.opened(config, state_bytes(state)):
-        course = Course(run, data, evaluate, plan, progress or Progress())
+    with (
+        Stopping(time_limit) as stopping,
+        run.opened(config, state_bytes(state)),
+        nullcontext() if devices is None else jax.set_mesh(devices.mesh),
+    ):
+        course = Course(run, data, evaluate, plan, progress or Progress(quiet=not is_first()))
         (state,), stopped_by = follow(
             [course],
             [course.resume(state, config)],
-            lambda state, batch, _: step_fn(state, batch),
+            lambda state, batch, _: step_fn(state, devices.place_batch(batch) if devices else batch),
             stopping,
             ALONE,
         )

@@ -50,6 +50,18 @@ class MetricsFile:
         self._file.close()
 
 
+class Silent:
+    """Take what a `MetricsFile` takes, and write nothing: for all processes but the first."""
+
+    def write(self, event: str, step: int, values: dict) -> None: ...
+
+    def mark(self) -> None: ...
+
+    def rollback(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read_metrics(path: str | os.PathLike, event: str | None = None) -> list[dict]:
     """Read a log, or its events of one kind, leaving out a last line torn by a kill.
 

@@ -26,6 +26,7 @@ from kreg.training.checkpoint import (
     write_checkpoint,
 )
 from kreg.training.state import TrainState
+from kreg.training.writer import is_first, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,13 @@ class RunDirectory:
         """Create the folder where there is none, hold its lock, store or check the config.
 
         Where that fails (another config, another live run, no permission, no room for a checkpoint
-        of so many bytes), nothing has been changed.
+        of so many bytes), nothing has been changed. Of several processes the first does it.
         """
+        if not is_first():
+            wait_for_all("the run's directory")
+            self.check_config(config)
+            yield
+            return
         self.check_config(config)
         created = not self.path.exists()
         try:
@@ -95,6 +101,7 @@ class RunDirectory:
                 self.path.rmdir()
             os.close(lock)
             raise
+        wait_for_all("the run's directory")
         try:
             yield
         finally:
@@ -192,8 +199,11 @@ class RunDirectory:
         path = self.path / "checkpoints" / f"step_{meta.step:08d}"
         write_checkpoint(path, state, replace(meta, config=as_json(meta.config)))
         self._retain()
+        wait_for_all("older checkpoints to go")
 
     def _retain(self) -> None:
+        if not is_first():
+            return
         keep = {*self.checkpoints()[-self.keep_last :], self.best_checkpoint()}
         for old in self.checkpoints():
             if old not in keep:
@@ -203,6 +213,9 @@ class RunDirectory:
 
     def sweep(self) -> None:
         """Remove what a kill left: half-written and half-removed folders, checkpoints to drop."""
+        wait_for_all("the end of reading")
+        if not is_first():
+            return
         self._retain()
         for folder in (self.path / "checkpoints").glob(".unfinished_*"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -8,6 +8,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key, PyTree
 
+from kreg.training.devices import Devices
 from kreg.training.state import TrainState
 
 type LossFn = Callable[
@@ -21,6 +22,7 @@ def make_step(
     tx: optax.GradientTransformation,
     *,
     compute_dtype: DTypeLike | None = None,
+    devices: Devices | None = None,
 ) -> StepFn:
     """Compile theta <- theta + tx(grad loss(theta)).
 
@@ -31,6 +33,7 @@ def make_step(
         compute_dtype: the type the floating-point parameters are cast to for the loss. The
             parameters themselves, their gradients and the optimizer keep their own type
             (bfloat16 compute, float32 masters).
+        devices: how the state stays split; on one device None.
 
     Returns:
         `step(state, batch) -> (state, metrics)`. It donates `state`: use the returned one.
@@ -48,7 +51,8 @@ def make_step(
     """
 
     def step(state: TrainState, batch: PyTree[Array]) -> tuple[TrainState, dict[str, Array]]:
-        return update(loss_fn, tx, compute_dtype, state, batch)
+        state, metrics = update(loss_fn, tx, compute_dtype, state, batch)
+        return state if devices is None else devices.constrain(state), metrics
 
     return jax.jit(step, donate_argnums=0)
 

@@ -1,0 +1,145 @@
+"""How a training is split over devices: one mesh, and one table of what is split over what.
+
+The computation is written for one device; arrays are split, and JAX does the rest. So the numbers
+do not depend on how many devices there are, but for the order in which sums are formed.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+import kreg
+from kreg.training.optimizer import names
+
+# The axes of a mesh, and what lies along them. Rows of a batch lie along the first two; parameters
+# and the optimizer's moments along `fsdp`, by their longest axis; time along `sequence`.
+AXES = ("data", "fsdp", "sequence")
+ROWS = ("data", "fsdp")
+# Layers are stacked below these names, and looped over: that axis stays whole.
+_STACKED = ("blocks",)
+# Arrays of fewer numbers stay whole: to gather them costs more than to have them.
+_LEAST = 1024
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Say how many devices lie along each axis of the mesh; their product is that of all devices.
+
+    Args:
+        data: rows of the batch are split over these, and parameters are whole on each.
+        fsdp: rows are split over these, too, and so are parameters and the optimizer's state.
+        sequence: time is split over these.
+
+    Examples:
+        >>> from kreg import training
+        >>> devices = training.Devices.of("data=1")
+        >>> devices.mesh.shape["data"], devices.count
+        (1, 1)
+        >>> training.Devices.of("data=2,model=4")
+        Traceback (most recent call last):
+        ValueError: devices: expected data, fsdp or sequence, each with =COUNT, got 'model=4'
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    sequence: int = 1
+
+    def __post_init__(self):
+        for axis in AXES:
+            if getattr(self, axis) < 1:
+                raise ValueError(f"{axis}: expected at least 1, got {getattr(self, axis)}")
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """Read "data=2,fsdp=4"; what is left out is 1."""
+        counts = {}
+        for part in filter(None, text.split(",")):
+            axis, _, count = part.partition("=")
+            if axis not in AXES or not count.isdigit():
+                raise ValueError(
+                    f"devices: expected data, fsdp or sequence, each with =COUNT, got {part!r}"
+                )
+            counts[axis] = int(count)
+        return cls(**counts)
+
+    @property
+    def count(self) -> int:
+        """How many devices there are."""
+        return self.data * self.fsdp * self.sequence
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The mesh of all devices of all processes; ValueError where they are not so many."""
+        found = len(jax.devices())
+        if found < self.count or (found > self.count and jax.process_count() > 1):
+            raise ValueError(
+                f"devices: expected {found}, as many as there are, got {self}, which are "
+                f"{self.count}"
+            )
+        shape = self.data, self.fsdp, self.sequence
+        types = (jax.sharding.AxisType.Auto,) * len(AXES)
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=jax.devices()[: self.count])
+
+    @property
+    def layout(self) -> kreg.sharding.Layout | None:
+        """What a model of `kreg.nn` is to be told; None on one device."""
+        if self.count == 1:
+            return None
+        return kreg.sharding.Layout(ROWS, sequence="sequence" if self.sequence > 1 else None)
+
+    def shardings(self, tree: PyTree[Array]) -> PyTree[NamedSharding]:
+        """How parameters, an optimizer's state, or a whole state are split."""
+
+        def one(path, leaf):
+            return NamedSharding(self.mesh, _spec(names(path), leaf.shape, self.fsdp))
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    def place(self, tree: PyTree[Array]) -> PyTree[Array]:
+        """Split arrays that every process has whole."""
+        return jax.tree.map(_put, tree, self.shardings(tree))
+
+    def place_batch(self, batch: PyTree[np.ndarray]) -> PyTree[Array]:
+        """Split a batch, which every process has whole, by rows and time."""
+
+        def one(rows):
+            if rows.shape[0] % (self.data * self.fsdp):
+                raise ValueError(
+                    f"batch: expected rows that {self.data} x {self.fsdp} devices divide, "
+                    f"got {rows.shape[0]}"
+                )
+            has_time = rows.ndim > 1 and rows.shape[1] % self.sequence == 0
+            spec = PartitionSpec(ROWS, *(("sequence",) if has_time else ()))
+            return _put(rows, NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(one, batch)
+
+    def constrain(self, tree: PyTree[Array]) -> PyTree[Array]:
+        """Keep a state, while it is traced, split as `shardings` says."""
+        return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+
+
+def _spec(path: tuple[str, ...], shape: tuple[int, ...], parts: int) -> PartitionSpec:
+    """Split the longest axis that can be; None but for large arrays."""
+    first = 1 if any(part in _STACKED for part in path) else 0
+    fits = [at for at in range(first, len(shape)) if shape[at] % parts == 0]
+    if parts == 1 or not fits or np.prod(shape) < _LEAST:
+        return PartitionSpec()
+    at = max(fits, key=lambda at: shape[at])
+    return PartitionSpec(*(None,) * at, "fsdp")
+
+
+def _put(x: Array | np.ndarray, sharding: NamedSharding) -> Array:
+    """Give every device its part; also where other processes have some of the devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding)
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(x), NamedSharding(sharding.mesh, PartitionSpec()))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
