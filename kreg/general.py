@@ -15,6 +15,7 @@ from kreg.bandwidth import Adaptive, Cut, Rule, from_relative_gap
 from kreg.bandwidth import Rows as Depths
 from kreg.kernels import Kernel
 from kreg.rowwise import At, Rows
+from kreg.split import WHOLE, Split
 from kreg.stats import Stats
 from kreg.threshold import known_gap, relative_gap
 from kreg.weights import weigh, weigh_depths
@@ -69,7 +70,7 @@ class _Known(Rule):
     def __init__(self, gap: Array):
         self.h = gap
 
-    def cut(self, rows: Depths, kernel: Kernel, fixed: Array) -> Cut:
+    def cut(self, rows: Depths, kernel: Kernel, fixed: Array, split: Split = WHOLE) -> Cut:
         excess = jnp.asarray(kernel.excess, rows.depth.dtype)
         gap = known_gap(kernel.static_order, rows.depth, excess, jnp.asarray(self.h))
         return from_relative_gap(gap, excess, rows)

@@ -110,8 +110,10 @@ class Problem:
 
         sizes = self.sizes
         problem = self._along(axis, pad)
-        numbers = {"t": "rows", "s": "columns"}[axis]
-        return dataclasses.replace(problem, **{numbers: jnp.arange(sizes[axis] + more)})
+        numbers = jnp.arange(sizes[axis] + more)
+        if axis == "t":
+            return dataclasses.replace(problem, rows=numbers)
+        return dataclasses.replace(problem, columns=numbers)
 
     def _along(self, axis: str, change: Callable[[Array, int], Array]) -> "Problem":
         """Changes every array that has the axis at more than size 1."""

@@ -4,14 +4,15 @@ What is found of a row is found by reductions over its keys. Under `jax.shard_ma
 are split, each reduction is one over the keys here and one over the axis, of a few numbers a row.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
-class Split(NamedTuple):
+@dataclass(frozen=True)
+class Split:
     """The axis of the mesh that keys are split over; None where all are here."""
 
     axis: str | None = None

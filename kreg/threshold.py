@@ -148,7 +148,8 @@ def _safeguarded(kernel, depth, excess, split, rho, low, high):
 def _relative_gap_jvp(order, split, primals, tangents):
     depth, excess = primals
     rho = checkpoint_name(relative_gap(order, depth, excess, split), THRESHOLD)
-    return rho, _change(order, depth, excess, rho, *tangents, split)
+    ddepth, dexcess = tangents
+    return rho, _change(order, depth, excess, rho, ddepth, dexcess, split)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

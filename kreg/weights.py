@@ -43,7 +43,11 @@ def weigh(
         split: where the keys are; each row's weights sum to 1 over all of them.
     """
     powers = rowwise.Powers.of(kernel, rule)
-    if split.axis is None and powers is not None and (kernel.is_gaussian or powers.rule is Adaptive):
+    if (
+        split.axis is None
+        and powers is not None
+        and (kernel.is_gaussian or powers.rule is Adaptive)
+    ):
         z = scores if where is None else jnp.where(where, scores, -jnp.inf)
         weights, found = _entmax(powers.order, many)(z, ())
         return weights, powers.stats(z, found, rowwise.At())

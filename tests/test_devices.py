@@ -98,14 +98,17 @@ METHODS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", [pytest.param(x, marks=() if x == "relumax" else pytest.mark.nightly) for x in METHODS]
+    "method",
+    [pytest.param(x, marks=() if x == "relumax" else pytest.mark.nightly) for x in METHODS],
 )
 def test_gradients_of_every_method(method):
     kernel, bandwidth = METHODS[method]
 
     def gradients(devices):
         # What is subtracted from the parameters is the gradient.
-        step, state = started(devices, optax.sgd(1.0), "float32", kernel=kernel, bandwidth=bandwidth)
+        step, state = started(
+            devices, optax.sgd(1.0), "float32", kernel=kernel, bandwidth=bandwidth
+        )
         before = jax.tree.map(np.array, state.params)
         with jax.set_mesh(devices.mesh):
             moved, _ = step(devices.place(state), devices.place_batch(batch(0)))
@@ -114,7 +117,9 @@ def test_gradients_of_every_method(method):
     want, got = gradients(ONE), gradients(Devices(2, 2, 2))
     largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * max(largest, 1), rtol=0), want, got
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * max(largest, 1), rtol=0),
+        want,
+        got,
     )
 
 
@@ -171,7 +176,10 @@ def test_a_run_goes_on_with_other_devices(tmp_path):
     [
         (lambda: Devices(data=0), "data: expected at least 1, got 0"),
         (lambda: Devices(data=16).mesh, "devices: expected 8, as many as there are"),
-        (lambda: Devices(data=3).place_batch({"x": np.zeros((8, 2))}), "batch: expected rows that 3"),
+        (
+            lambda: Devices(data=3).place_batch({"x": np.zeros((8, 2))}),
+            "batch: expected rows that 3",
+        ),
     ],
 )
 def test_errors(call, message):

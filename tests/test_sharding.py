@@ -134,7 +134,10 @@ def test_batch_heads_and_sequence(kind, form):
 def test_blocks_of_queries(form):
     """Rows too many to be formed at once, on the path that looks at blocks of them."""
     arrays = draw(Shape(B=1, T=300, S=640, N=2, K=1), seed=4, spherical=False)
-    options = {"kernel": kreg.triweight, "segment_ids": (jnp.arange(300) // 90, jnp.arange(640) // 200)}
+    options = {
+        "kernel": kreg.triweight,
+        "segment_ids": (jnp.arange(300) // 90, jnp.arange(640) // 200),
+    }
     want = both(functools.partial(kreg.attention, implementation="reference"), arrays, **options)
     same(want, both(split(form, 4, "xla"), arrays, **options), 1e-4)
 
@@ -164,7 +167,10 @@ def test_forward_derivatives_and_curvature():
         tangent = jax.jvp(f, (query,), (change,))[1]
         return tangent, jax.jit(jax.jvp, static_argnums=0)(jax.grad(f), (query,), (change,))[1]
 
-    same(curvature(functools.partial(kreg.attention, implementation="reference")), curvature(split("keys", 4)))
+    same(
+        curvature(functools.partial(kreg.attention, implementation="reference")),
+        curvature(split("keys", 4)),
+    )
 
 
 def compiled(form: str, devices: int, shape: Shape, gradients: bool = True, **options):
@@ -183,7 +189,9 @@ def compiled(form: str, devices: int, shape: Shape, gradients: bool = True, **op
     whole = jax.NamedSharding(over, jax.P())
     of_queries = by_time if form == "gather" else whole
     run = jax.jit(
-        jax.value_and_grad(loss, argnums=(0, 1, 2)) if gradients else lambda q, k, v, g: op(q, k, v),
+        jax.value_and_grad(loss, argnums=(0, 1, 2))
+        if gradients
+        else lambda q, k, v, g: op(q, k, v),
         in_shardings=(of_queries, by_time, by_time, of_queries),
         out_shardings=(whole, (of_queries, by_time, by_time)) if gradients else of_queries,
     )
@@ -232,7 +240,7 @@ def test_errors(options, message):
     x = jnp.zeros((1, 8, 3, 4))
     with pytest.raises(ValueError, match=message):
         kreg.sharding.attention(x, x, x, mesh=mesh(sequence=2), **options)
-    with pytest.raises(ValueError, match="set one with jax.set_mesh"):
+    with pytest.raises(ValueError, match=r"set one with jax\.set_mesh"):
         kreg.sharding.attention(x, x, x, sequence="sequence")
 
 

@@ -116,9 +116,8 @@ def _program(
     vocab_size: int,
 ) -> Program:
     def model(seed: int):
-        options = {"vocab_size": vocab_size, "block": block, "compat": compat, "seed": seed}
-        options["layout"] = layout
-        return make_model(kind, name, sizes, **options)
+        options: dict[str, Any] = {"vocab_size": vocab_size, "block": block, "compat": compat}
+        return make_model(kind, name, sizes, seed=seed, layout=layout, **options)
 
     graph, _ = nnx.split(nnx.eval_shape(lambda: model(0)), nnx.Param)
     narrow = functools.partial(_cast, dtype=jnp.dtype(training.dtype))

@@ -131,7 +131,9 @@ def check_runs(config: Config) -> None:
 def check_devices(config: Config) -> None:
     """Raise ValueError for devices that are none, or that several runs in one program have."""
     devices = getattr(config, "devices", "")
-    if devices and not re.fullmatch(r"(data|fsdp|sequence)=[1-9]\d*(,(data|fsdp|sequence)=[1-9]\d*)*", devices):
+    if devices and not re.fullmatch(
+        r"(data|fsdp|sequence)=[1-9]\d*(,(data|fsdp|sequence)=[1-9]\d*)*", devices
+    ):
         raise ValueError(
             f"--devices: expected data, fsdp or sequence, each with =COUNT, got {devices!r}"
         )

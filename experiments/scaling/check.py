@@ -3,11 +3,12 @@
 Nothing is run: virtual CPU devices are compiled for, and the collectives counted in the program.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import use_abstract_mesh
 
 from experiments.scaling.collectives import Message, messages, sent
 from experiments.scaling.model import Sizes, Split
@@ -26,11 +27,16 @@ class Checked(NamedTuple):
     temporary_bytes: int
 
 
-def check(sizes: Sizes, split: Split) -> Checked:
-    """Compiles a training step of a Memory Mosaic for split.devices virtual devices."""
-    devices = training.Devices(*split)
-    step, state, batch = _step(sizes, devices)
-    with jax.set_mesh(devices.mesh):
+def check(
+    sizes: Sizes,
+    split: Split,
+    among: tuple[Any, ...] | None = None,
+    implementation: str | None = "xla",
+) -> Checked:
+    """Compiles a training step of a Memory Mosaic for split.devices devices, or some of these."""
+    devices = training.Devices(*split, among=among)
+    step, state, batch = _step(sizes, devices, implementation)
+    with use_abstract_mesh(devices.mesh.abstract_mesh):
         compiled = step.lower(state, batch).compile()
     found = messages(compiled.as_text())
     memory = compiled.memory_analysis()
@@ -44,13 +50,19 @@ def check(sizes: Sizes, split: Split) -> Checked:
     )
 
 
-def _step(sizes: Sizes, devices: training.Devices):
+def _step(sizes: Sizes, devices: training.Devices, implementation: str | None):
     """The step, and the shapes of its arguments."""
     config = nn.MosaicConfig(
-        sizes.vocabulary, sizes.layers, 12 if sizes.width % 12 == 0 else 4, sizes.width, sizes.slots,
-        attention_dropout=0.0, hidden_dropout=0.0, layout=devices.layout,
-        implementation="xla",
-    )  # fmt: skip
+        sizes.vocabulary,
+        sizes.layers,
+        sizes.width // 64,
+        sizes.width,
+        sizes.slots,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        implementation=implementation,
+        layout=devices.layout,
+    )
     tx = training.adamw(1e-3)
     model = nnx.eval_shape(lambda: nn.MemoryMosaic(config, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(model)
@@ -71,5 +83,5 @@ def _step(sizes: Sizes, devices: training.Devices):
     )
     where = jax.NamedSharding(devices.mesh, jax.P(("data", "fsdp"), "sequence"))
     tokens = jax.ShapeDtypeStruct((sizes.rows, sizes.length), jnp.int32, sharding=where)
-    step = training.make_step(loss, tx, devices=devices)
+    step: Any = training.make_step(loss, tx, devices=devices)
     return step, state, {"tokens": tokens, "labels": tokens}

@@ -30,13 +30,16 @@ class Message(NamedTuple):
     def once(self) -> float:
         """Bytes that a device sends each time."""
         others = self.devices - 1
-        return self.bytes * {
-            "all-reduce": 2 * others / self.devices,
-            "all-gather": others / self.devices,
-            "all-to-all": others / self.devices,
-            "reduce-scatter": others,
-            "collective-permute": 1,
-        }[self.kind]
+        return (
+            self.bytes
+            * {
+                "all-reduce": 2 * others / self.devices,
+                "all-gather": others / self.devices,
+                "all-to-all": others / self.devices,
+                "reduce-scatter": others,
+                "collective-permute": 1,
+            }[self.kind]
+        )
 
     def sent(self, trips: int) -> float:
         """Bytes that a device sends, loops of unknown length being run so many times."""
@@ -79,7 +82,9 @@ def _loops(inside: str, called: dict) -> tuple[int | None, ...]:
 def _bytes(types: str) -> int:
     """Of all arrays that it gives; what is only begun gives its operands, too, before them."""
     sizes = [
-        int(np.prod([int(n) for n in shape.split(",") if n], initial=1)) * max(int(bits or 8), 8) // 8
+        int(np.prod([int(n) for n in shape.split(",") if n], initial=1))
+        * max(int(bits or 8), 8)
+        // 8
         for _, bits, shape in _ARRAY.findall(types)
     ]
     return sum(sizes)

@@ -11,9 +11,11 @@ share d has weight: one full pass for the scores and two products forward, seven
 
     flops = 6 P R T + L C R T^2 (1 + (4 + 14) d / 2)
 
-What a device sends, in bytes: parameters are gathered for the forward and for the backward pass
-and their gradients scattered, over fsdp; gradients are summed over data and sequence; with a split
-sequence keys and values are gathered, and their gradients scattered, in each layer.
+What a device sends, in bytes. Over fsdp parameters are gathered, those of features and outputs
+twice, since the backward pass forms features again. Gradients are summed over all devices, that of
+the embedding twice, once of the lookup, once of the logits (XLA sums, then cuts; a sum of which each
+keeps a part would be half of it). With a split sequence each layer gathers keys and values, and
+scatters their gradients; exchanges early and late queries; and gathers the ends of two averages.
 """
 
 from typing import NamedTuple
@@ -72,14 +74,19 @@ def _gathered(n: float, devices: int) -> float:
 
 def sent(sizes: Sizes, split: Split, *, number: int = 4, narrow: int = 2) -> Bytes:
     """Bytes that one device sends: `number` bytes a parameter, `narrow` a key or value."""
-    parameters = number * sizes.parameters
-    same = split.data * split.sequence
-    # Every device of a row of fsdp holds its part of the sum over all others.
-    data = 2 * _gathered(parameters / split.fsdp, same)
-    fsdp = 3 * _gathered(parameters, split.fsdp)
+    embedding = sizes.vocabulary * sizes.width
+    matrices = 5 * sizes.layers * sizes.width**2
+    data = 2 * _gathered(number * (sizes.parameters + embedding), split.devices)
+    fsdp = _gathered(number * (sizes.parameters + matrices), split.fsdp)
+    if split.sequence == 1:
+        return Bytes(data, fsdp, 0)
     rows = sizes.rows / (split.data * split.fsdp)
-    keys = 2 * rows * sizes.length * sizes.width * narrow
-    return Bytes(data, fsdp, 2 * sizes.layers * _gathered(keys, split.sequence))
+    stream = rows * sizes.length * sizes.width
+    keys = 4 * _gathered(stream * narrow, split.sequence)
+    exchanged = 4 * stream / split.sequence * number
+    ends = 2 * rows * sizes.width * number * split.sequence * 2
+    averages = _gathered(ends, split.sequence)
+    return Bytes(data, fsdp, sizes.layers * (keys + exchanged + averages))
 
 
 def state_bytes(sizes: Sizes, split: Split, number: int = 4) -> float:

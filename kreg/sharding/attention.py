@@ -56,7 +56,8 @@ def attention(
         value: values.
         bias: as in `kreg.attention`.
         mask: as in `kreg.attention`.
-        batch: axis or axes of the mesh that the batch is split over.
+        batch: axis or axes of the mesh that the batch is split over. Along axes that are named
+            nowhere, devices hold copies and do the same.
         heads: axis or axes that heads are split over; key heads too, unless there is one.
         sequence: axis that queries ("gather") or keys ("keys") are split over.
         form: None takes what sends fewer bytes; `explain` says which, and how many.
@@ -83,17 +84,19 @@ def attention(
         >>> bool(jax.numpy.allclose(out, kreg.attention(q, k, v), atol=1e-6))
         True
     """
-    implementation = options.pop("implementation", None)
+    given: dict[str, Any] = dict(options)
+    implementation = given.pop("implementation", None)
     implementations.check(implementation)
     places = Places.of(mesh, Layout(batch, heads, sequence))
-    problem = canonical(query, key, value, bias, mask, return_stats=return_stats, **options)
+    problem = canonical(query, key, value, bias, mask, return_stats=return_stats, **given)
     places.check(problem)
     form, _ = _choose(problem, places, form)
     run = (_KeysStay if form == "keys" else _Gathered)(places, implementation)
     queries = problem.sizes["t"]
     problem = _padded(problem, run.parts(problem))
     outs = PartitionSpec(*places.spec(problem.query.shape, "btn.", run.rows)[:3])
-    found = outs, Stats(*(outs,) * 3) if return_stats else None
+    of_stats: Any = (outs,) * 3
+    found = outs, Stats(*of_stats) if return_stats else None
     out, stats = places.run(run, (run.specs(problem),), found, (problem,), run.checks)
     if problem.sizes["t"] > queries:
         # Along explicit axes only what is whole can be cut.
@@ -223,7 +226,7 @@ def _choose(problem: Problem, places: Places, form: Form | None) -> tuple[Form, 
         return "gather", "no sequence is split"
     traffic = Traffic.of(problem, places.size("s"))
     sent = {"gather": traffic.gather / 1e6, "keys": traffic.keys / 1e6}
-    taken = form or traffic.least
+    taken: Form = form or ("gather" if traffic.gather <= traffic.keys else "keys")
     (other,) = sent.keys() - {taken}
     why = f"a device sends {sent[taken]:.1f} MB, with {other} {sent[other]:.1f}"
     return taken, "named by the caller" if form else why
@@ -231,11 +234,12 @@ def _choose(problem: Problem, places: Places, form: Form | None) -> tuple[Form, 
 
 def _padded(problem: Problem, parts: dict[str, int]) -> Problem:
     """Lengthens queries and keys to whole parts; nobody sees what is added."""
-    limits = {"t": "query_seq_lengths", "s": "key_value_seq_lengths"}
     for letter, count in parts.items():
-        length, batch = problem.sizes[letter], problem.sizes["b"]
+        length = problem.sizes[letter]
         if length % count:
-            seen = Mask(**{limits[letter]: jnp.full(batch, length)})
+            limit = jnp.full(problem.sizes["b"], length)
+            of_queries, of_keys = (limit, None) if letter == "t" else (None, limit)
+            seen = Mask(query_seq_lengths=of_queries, key_value_seq_lengths=of_keys)
             problem = dataclasses.replace(problem, mask=problem.mask & seen)
             problem = problem.lengthened(letter, -length % count)
     return problem

@@ -49,8 +49,14 @@ class Places(NamedTuple):
         return cls(mesh, axes)
 
     @property
-    def used(self) -> set[str]:
-        return {axis for axes in self.axes.values() for axis in axes}
+    def own(self) -> set[str]:
+        """Axes that functions of parts are mapped over: all but those that somebody mapped before.
+
+        Those that split nothing, too: kernels are not for JAX to split.
+        """
+        manual = AxisType.Manual
+        kinds = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+        return {name for name, kind in kinds if kind != manual}
 
     @property
     def sequence(self) -> str | None:
@@ -102,23 +108,18 @@ class Places(NamedTuple):
             mesh=self.mesh,
             in_specs=tuple(flat),
             out_specs=outs,
-            axis_names=self.used,
+            axis_names=self.own,
             check_vma=checks,
         )
         return over(*map(self.placed, leaves, flat))
 
     def placed(self, x: Array, spec: PartitionSpec) -> Array:
-        """Splits an array along explicit axes as wanted, and leaves its other axes as they are."""
+        """Splits an array along explicit axes of the mesh."""
         kinds = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
         explicit = {name for name, kind in kinds if kind == AxisType.Explicit}
-        if not explicit & self.used:
+        if not explicit:
             return x
-        given = jax.typeof(x).sharding.spec
-        wanted = []
-        for i in range(x.ndim):
-            old, new = (_tuple(s[i] if i < len(s) else None) for s in (given, spec))
-            kept = tuple(axis for axis in old if axis not in self.used)
-            wanted.append((*kept, *(axis for axis in new if axis in explicit)) or None)
+        wanted = (tuple(a for a in _tuple(axes) if a in explicit) or None for axes in spec)
         return reshard(x, PartitionSpec(*wanted))
 
 

@@ -1,7 +1,7 @@
 """Attention of all queries, of whatever batch entry, to the same few keys, over a mesh."""
 
 import dataclasses
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,8 @@ def to_shared_keys(
         >>> out.shape
         (2, 3, 1, 2)
     """
-    implementation = options.pop("implementation", None)
+    given: dict[str, Any] = dict(options)
+    implementation = given.pop("implementation", None)
     implementations.check(implementation)
     places = Places.of(None, layout._replace(heads=None))
     length = query.shape[1]
@@ -54,13 +55,13 @@ def to_shared_keys(
         entries, times = _numbers(places, "b", batch), _numbers(places, "t", steps)
         rows = (entries[:, None] * length + times[None]).reshape(-1)
         flat = query.reshape(1, -1, *query.shape[2:])
-        problem = canonical(flat, key[None], value[None], return_stats=False, **options, **arrays)
+        problem = canonical(flat, key[None], value[None], return_stats=False, **given, **arrays)
         problem = dataclasses.replace(problem, draws=(rows, problem.columns))
         return implementations.run(problem, implementation)[0].reshape(*query.shape[:3], -1)
 
     split = places.spec(query.shape, "bt..")
     whole = PartitionSpec()
-    arrays = {name: options.pop(name) for name in ("bandwidth", "dropout_key") if name in options}
+    arrays = {name: given.pop(name) for name in ("bandwidth", "dropout_key") if name in given}
     specs = split, whole, whole, jax.tree.map(lambda _: whole, arrays)
     return places.run(body, specs, split, (query, key, value, arrays), checks=False)
 

@@ -37,8 +37,3 @@ class Traffic(NamedTuple):
             share * 2 * narrow * batch * keys * groups * (width + values),
             2 * share * wide * batch * heads * queries * (values + width + 8 + 2 * rounds),
         )
-
-    @property
-    def least(self) -> str:
-        """The form that sends less."""
-        return "gather" if self.gather <= self.keys else "keys"

@@ -30,9 +30,7 @@ def dealt(problem: Problem, axis: str) -> tuple[Problem, Problem]:
 
 def returned(early, late, axis: str):
     """Brings results of the two parts, arrays [B, T/2, ...], back to where queries came from."""
-    return jax.tree.map(
-        lambda a, b: jnp.concatenate(_collect(a, b, axis), axis=1), early, late
-    )
+    return jax.tree.map(lambda a, b: jnp.concatenate(_collect(a, b, axis), axis=1), early, late)
 
 
 def _owners(axis: str) -> tuple[list[int], list[int]]:

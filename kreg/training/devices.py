@@ -5,8 +5,8 @@ do not depend on how many devices there are, but for the order in which sums are
 """
 
 import functools
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ class Devices:
         data: rows of the batch are split over these, and parameters are whole on each.
         fsdp: rows are split over these, too, and so are parameters and the optimizer's state.
         sequence: time is split over these.
+        among: the devices, in order; those of `jax.devices()` where None.
 
     Examples:
         >>> from kreg import training
@@ -48,6 +49,7 @@ class Devices:
     data: int = 1
     fsdp: int = 1
     sequence: int = 1
+    among: tuple[Any, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self):
         for axis in AXES:
@@ -75,7 +77,8 @@ class Devices:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The mesh of all devices of all processes; ValueError where they are not so many."""
-        found = len(jax.devices())
+        among = jax.devices() if self.among is None else self.among
+        found = len(among)
         if found < self.count or (found > self.count and jax.process_count() > 1):
             raise ValueError(
                 f"devices: expected {found}, as many as there are, got {self}, which are "
@@ -83,7 +86,7 @@ class Devices:
             )
         shape = self.data, self.fsdp, self.sequence
         types = (jax.sharding.AxisType.Auto,) * len(AXES)
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=jax.devices()[: self.count])
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=among[: self.count])
 
     @property
     def layout(self) -> kreg.sharding.Layout | None:

@@ -144,7 +144,9 @@ def train(
         (state,), stopped_by = follow(
             [course],
             [course.resume(state, config)],
-            lambda state, batch, _: step_fn(state, devices.place_batch(batch) if devices else batch),
+            lambda state, batch, _: step_fn(
+                state, devices.place_batch(batch) if devices else batch
+            ),
             stopping,
             ALONE,
         )
