@@ -98,7 +98,7 @@ def _after_step(
     for course, found in zip(company, metrics, strict=True):
         course.log(found)
     rested = [course.evaluate(state) for course, state in zip(company, states, strict=True)]
-    stopped_by = stopping.reason
+    stopped_by = stopping.agreed()
     saved = [
         course.save(state, stopped_by is not None)
         for course, state in zip(company, states, strict=True)

@@ -3,8 +3,17 @@
 import signal
 import threading
 import time
+from functools import cache
 from types import FrameType
 from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Of several processes' reasons the last of these is the reason of all.
+_REASONS = (None, "time", "SIGINT", "SIGTERM")
 
 
 class Stopping:
@@ -20,6 +29,7 @@ class Stopping:
         self._ends_at = None if time_limit is None else time.monotonic() + time_limit
         self._signal: str | None = None
         self._previous: dict[int, Any] = {}
+        self._asked: jax.Array | None = None
 
     @property
     def reason(self) -> str | None:
@@ -28,6 +38,17 @@ class Stopping:
             return self._signal
         timed_out = self._ends_at is not None and time.monotonic() >= self._ends_at
         return "time" if timed_out else None
+
+    def agreed(self) -> str | None:
+        """Return the reason that all processes go by, so that all stop at the same step.
+
+        All must call it after every step. Each call asks all processes, and returns what they
+        answered to the one before: nobody waits for the step that has just begun.
+        """
+        if jax.process_count() == 1:
+            return self.reason
+        answered, self._asked = self._asked, _most(_REASONS.index(self.reason))
+        return None if answered is None else _REASONS[int(answered)]
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -45,3 +66,22 @@ class Stopping:
     def _restore(self) -> None:
         while self._previous:
             signal.signal(*self._previous.popitem())
+
+
+def _most(number: int) -> jax.Array:
+    """Begin to find the largest of all processes' numbers."""
+    mesh = _all_devices()
+    mine = np.full(jax.local_device_count(), number, np.int32)
+    spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    with jax.set_mesh(mesh):  # whatever mesh the training has set
+        return _largest(jax.make_array_from_process_local_data(spread, mine))
+
+
+@cache
+def _all_devices() -> Mesh:
+    return Mesh(np.array(jax.devices()), "all")
+
+
+@jax.jit
+def _largest(numbers: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.max(numbers), PartitionSpec())

@@ -1,0 +1,1 @@
+"""Starting a command as several processes: on this machine, SLURM, Kubernetes and Cloud TPU."""
