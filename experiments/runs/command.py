@@ -1,15 +1,20 @@
 """An experiment's command: `[options]`, `table OUT...`, `figure OUT...`."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.runs.command_line import parse
 from experiments.runs.cost import Cost
 from experiments.runs.experiment import Config, DataError, Experiment
 from experiments.runs.json_files import write_json, write_text
 from experiments.runs.results import COST, read_experiment
+
+if TYPE_CHECKING:
+    from kreg.training.processes import Processes
 
 
 def command(experiment: Experiment, arguments: Sequence[str]) -> int:
@@ -27,10 +32,22 @@ def command(experiment: Experiment, arguments: Sequence[str]) -> int:
 def reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
     """Train and test what is missing, then write the table and the figure."""
     try:
-        return _reproduce(experiment, config)
+        with joined() as processes:
+            if processes.count > 1 and not getattr(config, "devices", ""):
+                say(f"error: --devices: expected one that splits {processes.count} processes' runs")
+                return 2
+            return _reproduce(experiment, config)
     except KeyboardInterrupt:
         say("stopped; the same command goes on from there")
         return 130
+
+
+@functools.cache
+def joined() -> "Processes":
+    """The processes that a launcher started, which make the same command; mostly one."""
+    from kreg.training.processes import start
+
+    return start()
 
 
 def _reproduce[C: Config](experiment: Experiment[C], config: C) -> int:

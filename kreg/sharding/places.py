@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec, reshard
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array
 
 from kreg.problem import Problem
@@ -120,7 +120,7 @@ class Places(NamedTuple):
         if not explicit:
             return x
         wanted = (tuple(a for a in _tuple(axes) if a in explicit) or None for axes in spec)
-        return reshard(x, PartitionSpec(*wanted))
+        return reshard(x, NamedSharding(self.mesh, PartitionSpec(*wanted)))
 
 
 def _tuple(axes: Axes) -> tuple[str, ...]:
