@@ -49,7 +49,7 @@ class Program:
 
 def compiled(function: Callable, *shapes: Any) -> Program:
     """Compiles a function of arrays of the given shapes for the H200."""
-    device = jax.sharding.SingleDeviceSharding(_topology().devices[0])
+    device = jax.sharding.SingleDeviceSharding(devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     # Kernels that have been compiled before are not told about again.
     jax.clear_caches()
@@ -66,14 +66,15 @@ def compiled(function: Callable, *shapes: Any) -> Program:
     )
 
 
-def _topology():
+def devices(count: int = 1) -> list[Any]:
+    """So many of them, in one machine."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         if os.environ.get("KREG_AOT"):
             pytest.fail("the CUDA plugin is not installed, and this run is there to use it")
         pytest.skip("needs the compilers of the dependency group aot: make aot")
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=TARGET, topology="1x1x1"
-    )
+        platform="cuda", topology_name="", target_config=TARGET, topology=f"1x1x{count}"
+    ).devices
 
 
 @contextlib.contextmanager

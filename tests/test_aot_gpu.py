@@ -12,6 +12,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from mosaic_steps import mosaic_step
 
 import kreg
+from experiments.scaling.check import check
+from experiments.scaling.model import Sizes, Split
 
 pytestmark = pytest.mark.aot
 
@@ -28,6 +30,18 @@ def attend(length, width, dtype=jnp.bfloat16, heads=2, key_heads=1, backward=Tru
 
     shapes = (query, key, key, query) if backward else (query, key, key)
     return h200.compiled(both if backward else function, *shapes)
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [Split(fsdp=8), Split(2, 2, 2)])
+def test_a_train_step_is_split_over_eight_gpus(split):
+    """With the kernels; parameters and moments take an eighth of the memory under fsdp."""
+    sizes = Sizes(2, 256, 512, 2048, rows=8, length=512, density=1.0)
+    found = check(sizes, split, tuple(h200.devices(8)), None)
+    assert 0.5 * found.predicted <= found.compiled <= 1.5 * found.predicted
+    whole = 3 * 4 * sizes.parameters / split.fsdp
+    assert 0.9 * whole <= found.state_bytes <= 1.1 * whole + 2**16
 
 
 # On the oldest jax each order and each width once.

@@ -1,5 +1,6 @@
 """The kernels compiled for TPUs that are not there: instructions, spills, memory, collectives."""
 
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -17,11 +18,14 @@ from jax.sharding import PartitionSpec as P
 from mosaic_steps import mosaic_step
 
 import kreg
+from experiments.scaling.check import check
+from experiments.scaling.model import Sizes, Split
 from pallas_kernels.mosaic_tpu.sizes import sizes_of
 
 pytestmark = pytest.mark.aot
 LONGER = [pytest.mark.nightly, pytest.mark.slow]
 MOST_SPILLS = {"v4": 400, "v5e": 130, "v5p": 130, "v6e": 50, "v7x": 8}
+SMALL = Sizes(2, 256, 512, 2048, rows=8, length=512, density=1.0)
 KERNELS = ["gradient_of_keys", "gradient_of_queries", "threshold_and_average"]
 
 
@@ -124,6 +128,39 @@ def test_batch_and_heads_are_split_over_eight_chips_without_a_word(generation):
     split = jax.shard_map(both, mesh=mesh, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)
     found = tpus.compiled(split, *shapes, generation=generation)
     assert names(found) == KERNELS and not found.collectives
+
+
+def test_a_sequence_is_split_over_eight_chips():
+    """Kernels for an early and a late part of the queries; keys and values are gathered once."""
+    mesh = tpus.mesh("v6e", sequence=8)
+    where = NamedSharding(mesh, P(None, "sequence"))
+    shapes = [
+        jax.ShapeDtypeStruct((1, 2048, n, 64), jnp.bfloat16, sharding=where) for n in (2, 1, 1, 2)
+    ]
+    attend = functools.partial(
+        kreg.sharding.attention, sequence="sequence", form="gather", is_causal=True,
+        implementation="mosaic_tpu",
+    )  # fmt: skip
+
+    def both(query, key, value, cotangent):
+        out, pull = jax.vjp(attend, query, key, value)
+        return out, pull(cotangent)
+
+    found = tpus.compiled(both, *shapes, generation="v6e")
+    assert names(found) == KERNELS
+    assert found.collectives["all-gather"] == 2 and found.collectives["all-to-all"] == 0
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [Split(fsdp=8), Split(data=8), Split(sequence=8), Split(2, 2, 2)])
+def test_a_train_step_is_split_over_eight_chips(split):
+    """With the kernels; parameters and moments take an eighth of the memory under fsdp."""
+    chips = tuple(tpus.devices("v6e"))
+    found = check(SMALL, split, chips, None)
+    assert found.compiled <= 1.7 * found.predicted
+    whole = 3 * 4 * SMALL.parameters / split.fsdp
+    assert 0.9 * whole <= found.state_bytes <= 1.35 * whole + 2**16
 
 
 LANGUAGE = {"num_layers": 12, "num_heads": 12, "embed_dim": 768, "memory_size": 2688,

@@ -74,7 +74,7 @@ class Kernel:
 
 @dataclass
 class Program:
-    """A compiled function, its kernels in the order of their names.
+    """A compiled function, its kernels in the order of their names; of two that are equal one.
 
     collectives: how often devices talk to each other, by kind, as it is written.
     """
@@ -122,7 +122,7 @@ def compiled(function: Callable, *shapes: Any, generation: str = "v5e") -> Progr
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     return Program(
         executable.memory_analysis().temp_size_in_bytes,
-        [_kernel(name) for name in sorted(names)],
+        [_kernel(name) for name in sorted(names) if _files(name, USE)],
         collections.Counter(re.findall(rf"\b({kinds})(?:-start)?\(", text)),
     )
 
@@ -145,9 +145,13 @@ def _kernel(name: str) -> Kernel:
 
 
 def _text(name: str, what: str) -> str:
-    wanted = re.compile(rf"\d+-{re.escape(name)}-\d+-{what}\.txt")
-    (file,) = (file for file in _told().iterdir() if wanted.fullmatch(file.name))
+    (file,) = _files(name, what)
     return file.read_text()
+
+
+def _files(name: str, what: str) -> list[Path]:
+    wanted = re.compile(rf"\d+-{re.escape(name)}-\d+-{what}\.txt")
+    return [file for file in _told().iterdir() if wanted.fullmatch(file.name)]
 
 
 @functools.cache

@@ -80,7 +80,7 @@ def _check(counts: Sequence[int], given: dict) -> int:
     print("|---|---|---|---|---|")
     off = 0.0
     for count in counts:
-        small = Sizes(2, 256, 512, 2048, rows=count, length=max(256, count), density=1.0)
+        small = Sizes(2, 512, 1024, 4096, rows=count, length=max(256, 4 * count), density=1.0)
         sizes = small._replace(**given)
         for split in (Split(data=count), Split(fsdp=count), Split(sequence=count)):
             found = check(sizes, split)

@@ -1,12 +1,13 @@
 """What the devices of a compiled program send each other, read from its text."""
 
+import math
 import re
 from typing import NamedTuple
 
 import numpy as np
 
 KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
-_MESSAGE = re.compile(rf"= (.*?) ({KINDS})(?:-start)?\(")
+_MESSAGE = re.compile(rf"= (.*?) ({KINDS})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[subf]\w*?(\d+)\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
 _LOOP = re.compile(r" while\(.*body=%?([\w.-]+)")
@@ -61,7 +62,7 @@ def messages(text: str) -> list[Message]:
         if found := _MESSAGE.search(line):
             lines.append((found, line, inside))
     return [
-        Message(found[2], _bytes(found[1]), _devices(line), _loops(inside, called))
+        Message(found[2], _bytes(found, _devices(line)), _devices(line), _loops(inside, called))
         for found, line, inside in lines
     ]
 
@@ -79,15 +80,18 @@ def _loops(inside: str, called: dict) -> tuple[int | None, ...]:
     return loops
 
 
-def _bytes(types: str) -> int:
-    """Of all arrays that it gives; what is only begun gives its operands, too, before them."""
-    sizes = [
-        int(np.prod([int(n) for n in shape.split(",") if n], initial=1))
-        * max(int(bits or 8), 8)
-        // 8
+def _bytes(found: re.Match, devices: int) -> int:
+    """Of all arrays that it gives; what is only begun gives its operands, too."""
+    types, kind, begun = found.groups()
+    total = sum(
+        math.prod(int(n) for n in shape.split(",") if n) * max(int(bits or 8), 8) // 8
         for _, bits, shape in _ARRAY.findall(types)
-    ]
-    return sum(sizes)
+    )
+    if begun and kind == "all-gather":
+        return total * devices // (devices + 1)
+    if begun and kind == "reduce-scatter":
+        return total // (devices + 1)
+    return total // 2 if begun and kind == "collective-permute" else total
 
 
 def _devices(line: str) -> int:
