@@ -107,12 +107,21 @@ class Prediction(NamedTuple):
 
 
 def predict(machine: Machine, sizes: Sizes, split: Split) -> Prediction:
-    """Predicts a step; the innermost axes of the mesh get the fast links, as far as these reach."""
+    """Predicts a step; the innermost axes of the mesh get the fast links, as far as these reach.
+
+    Where an axis reaches further, what is the same within a group of fast links crosses once.
+    """
     found = sent(sizes, split)
+    # Gradients are summed over all devices.
+    reach = {"sequence": split.sequence, "fsdp": split.fsdp, "data": split.devices}
     seconds, inner = 0.0, 1
-    for axis in ("sequence", "fsdp", "data"):
-        inner *= getattr(split, axis)
-        seconds += getattr(found, axis) / (machine.link if inner <= machine.near else machine.far)
+    for axis, devices in reach.items():
+        inside = 1 if axis == "data" else inner
+        together = min(devices, max(1, machine.near // inside))
+        here = getattr(found, axis)
+        seconds += here / machine.link if together > 1 else 0.0
+        seconds += here / together / machine.far if together < devices else 0.0
+        inner *= devices
     compute = sizes.flops / split.devices / (machine.flops * machine.share)
     return Prediction(compute, seconds)
 
