@@ -120,9 +120,15 @@ def test_one_process_needs_no_runtime(monkeypatch):
 
 
 def test_half_of_a_plain_host_s_variables(monkeypatch):
+    monkeypatch.setenv("KREG_PROCESS", "0")
+    with pytest.raises(ValueError, match=r"expected all of .*'KREG_PROCESSES': None"):
+        start()
+    monkeypatch.delenv("KREG_PROCESS")
     monkeypatch.setenv("KREG_PROCESSES", "2")
     with pytest.raises(ValueError, match=r"expected all of KREG_COORDINATOR, .*'KREG_PROCESS': 1"):
         start(index=1)
+    with pytest.raises(ValueError, match="expected all of"):
+        start(coordinator="localhost:1")
     monkeypatch.setenv("KREG_PROCESSES", "two")
     with pytest.raises(ValueError, match="KREG_PROCESSES: expected a whole number, got 'two'"):
         start()

@@ -119,8 +119,8 @@ def start(
     """Join the processes that a launcher started; without one, do nothing.
 
     To be called before anything touches a device, and after settings such as
-    `jax_num_cpu_devices`. An argument that is None is read from the environment. The end of
-    the program waits for all processes.
+    `jax_num_cpu_devices`. An argument that is None is read from the environment. At its end the
+    program waits for the others, at most five minutes.
 
     Args:
         processes: how many there are; 1 to stay alone whatever the launcher says.
@@ -141,12 +141,12 @@ def start(
         1
     """
     source, count = ("processes", processes) if processes is not None else _announced()
-    if count == 1:
-        return Processes()
     index = _whole("KREG_PROCESS") if index is None else index
     coordinator = coordinator or os.environ.get("KREG_COORDINATOR")
     named = {"KREG_COORDINATOR": coordinator, "KREG_PROCESSES": count, "KREG_PROCESS": index}
     by_hand = coordinator is not None or index is not None
+    if count == 1 or not (by_hand or source):
+        return Processes()
     if by_hand and None in named.values():
         raise ValueError(f"expected all of {', '.join(named)} or arguments for them, got {named}")
     # JAX would take SIGTERM for itself, and between trainings nobody would end.
@@ -161,9 +161,9 @@ def start(
             initialization_timeout=patience,
             heartbeat_timeout_seconds=timeout,
         )
-    except ValueError as error:
+    except Exception as error:
         watch.kill()
-        if by_hand:
+        if by_hand or not isinstance(error, ValueError):
             raise
         raise RuntimeError(
             f"{source} announced {count or 'several'} processes, JAX found 1 ({error}). "
@@ -178,14 +178,14 @@ def start(
     return joined
 
 
-def _announced() -> tuple[str, int | None]:
-    """Find who says that there are several processes, and how many, where it says that."""
+def _announced() -> tuple[str | None, int | None]:
+    """Find who says that there are several processes, if anybody, and how many, if it does."""
     for name in _COUNTS:
         if (count := _whole(name)) is not None:
             return name, count
     if _NUMBERED_BY_KUBERNETES in os.environ:
         return _NUMBERED_BY_KUBERNETES, None
-    return "nobody", 1
+    return None, None
 
 
 def _whole(name: str) -> int | None:
