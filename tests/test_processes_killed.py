@@ -1,0 +1,100 @@
+"""Several real processes train one model, are killed, and end with what nobody disturbed gives."""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from killing import lines, start
+
+from experiments.in_context.config import Model
+from experiments.in_context.task import make_model
+from kreg.training import load_params, read_metrics
+
+TINY = [
+    *("--methods", "biweight", "--data.train", "32", "--data.validation", "8", "--data.test", "8"),
+    *("--data.automata.max-tokens", "24", "--training.batch-size", "8", "--training.epochs", "8"),
+    *("--training.evaluations", "8", "--model.layers", "1", "--model.heads", "2"),
+    *("--model.width", "32", "--model.slots", "32"),
+]
+STEPS = 32
+SPLITS = {"2 of 2": (2, 2, "data=2,fsdp=2"), "1 of 4": (1, 4, "fsdp=4"), "4 of 1": (4, 1, "data=4")}
+
+
+def train(out: Path, split: str = "2 of 2"):
+    processes, devices, layout = SPLITS[split]
+    return start(
+        *("-m", "experiments.launch.local", "--processes", str(processes)),
+        *("--devices-per-process", str(devices), sys.executable),
+        *("-m", "experiments.in_context", *TINY, "--devices", layout, "--out", str(out)),
+    )
+
+
+def log(out: Path) -> Path:
+    return out / "biweight" / "seed0" / "metrics.jsonl"
+
+
+def finish(process) -> None:
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+
+
+def kill(process, out: Path, reached: int, one: bool, rng: random.Random) -> None:
+    """Kill one of the processes, or all, as soon as the log has so many lines, or soon after."""
+    deadline = time.monotonic() + 300
+    while lines(log(out)) < reached and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.3))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in rng.sample(children, 1) if one else children:
+        os.kill(int(child), signal.SIGKILL)
+    # The launcher ends when one of them dies, within the time that the others have.
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+
+
+def parameters(out: Path):
+    config = Model(layers=1, heads=2, width=32, slots=32)
+    like = nnx.to_pure_dict(nnx.state(make_model("biweight", config, None, 0), nnx.Param))
+    return jax.tree.map(np.asarray, load_params(log(out).parent, "last", like))
+
+
+def losses(out: Path) -> list[float]:
+    return [event["loss"] for event in read_metrics(log(out))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    pytest.importorskip("matplotlib")
+    out = tmp_path_factory.mktemp("undisturbed")
+    finish(train(out))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_killed_twenty_times_it_ends_as_if_nobody_had(undisturbed, tmp_path):
+    """One process or all; the same processes go on, and end with the same bits."""
+    rng, last = random.Random(0), lines(log(undisturbed))
+    for number, planned in enumerate(sorted(rng.randrange(last - 1) for _ in range(20))):
+        process = train(tmp_path)
+        kill(process, tmp_path, min(max(planned, lines(log(tmp_path))), last - 1), number % 2, rng)
+    finish(train(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, parameters(tmp_path), parameters(undisturbed))
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+@pytest.mark.slow
+def test_other_processes_go_on(undisturbed, tmp_path):
+    """Killed while two processes had two devices each; then one has four, then four have one."""
+    kill(train(tmp_path), tmp_path, lines(log(undisturbed)) // 3, True, random.Random(0))
+    process = train(tmp_path, "1 of 4")
+    kill(process, tmp_path, 2 * lines(log(undisturbed)) // 3, False, random.Random(1))
+    finish(train(tmp_path, "4 of 1"))
+    np.testing.assert_allclose(losses(tmp_path), losses(undisturbed), rtol=1e-5)
