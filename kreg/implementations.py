@@ -71,6 +71,12 @@ def _compiled(
     return jax.lax.platform_dependent(problem, **found, default=IMPLEMENTATIONS[elsewhere])
 
 
+def runs_kernels(problem: Problem, implementation: str | None) -> bool:
+    """Whether `run` may run kernels."""
+    name = choose(problem)[0] if implementation is None else implementation
+    return name in _PLATFORMS
+
+
 def check(implementation: str | None) -> None:
     """Raises ValueError where the name is not one of the implementations."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:

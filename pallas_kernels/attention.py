@@ -18,6 +18,7 @@ from kreg.kernels import gaussian
 from kreg.problem import Problem
 from kreg.rowwise import At
 from kreg.stats import Stats
+from pallas_kernels import split
 from pallas_kernels.ranges import without_keys
 from pallas_kernels.solver import LOWEST
 
@@ -29,7 +30,8 @@ def not_taken(problem: Problem) -> dict[str, bool]:
         "an order that is an array": order is None,
         "an order below 1, or the Gaussian": order is not None and not 1 <= order < math.inf,
         f"{type(problem.rule).__name__}": type(problem.rule) not in (Adaptive, Anchored, Fixed),
-        "keys that are split over a mesh": problem.split.axis is not None,
+        "dropout where keys are split over a mesh": problem.split.axis is not None
+        and problem.dropout_key is not None,
         "a bias": problem.bias is not None,
         "a soft cap": problem.soft_cap is not None,
         "a null score": problem.null is not None,
@@ -139,10 +141,14 @@ class Attention:
         plan, empty = self.plan(inputs, rest), _without_keys(inputs, rest)
         steep, cut = _of_rows(inputs, _rows(inputs.scale)), _of_rows(inputs, _cut(inputs.at))
         seen = _seen(inputs, empty)
-        found = self.forward(plan, seen, rest, steep / plan.order, cut / plan.order)
+        arguments = plan, seen, rest, steep / plan.order, cut / plan.order
+        if rest.split.axis is None:
+            found = self.forward(*arguments)
+        else:
+            found = split.found(self.forward, *arguments)
         out = found.out
         if plan.rule is Fixed:
-            alone = _without_weight(found, empty)
+            alone = _without_weight(found, empty, rest)
             out = lax.cond(
                 jnp.any(alone),
                 lambda: jnp.where(alone, _uniform(inputs.value, inputs, rest), out),
@@ -159,25 +165,27 @@ class Attention:
         support = jnp.where(alive & (total <= 0), seen, support).astype(jnp.int32)
         residual = jnp.zeros_like(cut)
         if rule is Adaptive:
-            residual = jnp.where(alive, _residual(order, inputs, total), 0)
+            residual = jnp.where(alive, _residual(order, inputs, rest, total), 0)
         return Stats(*(jnp.swapaxes(x, 1, 2) for x in (threshold, support, residual)))
 
     def _backward(self, inputs: Inputs, rest: Problem, found: Found, dout) -> Inputs:
         plan, empty = self.plan(inputs, rest), _without_keys(inputs, rest)
+        # Of a result that all devices have, JAX hands each its share of what flows back.
+        (dout,) = rest.split.joined(dout)
         steep = _of_rows(inputs, _rows(inputs.scale)) / plan.order
         cut, total, _, best, _ = found.rows
         scale = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
-        pulled = Pulled(steep, cut, scale, *_means(plan.rule, found, dout), best)
+        pulled = Pulled(steep, cut, scale, *_means(plan.rule, found, dout, rest), best)
         dquery, dkey, dvalue, sums = self.backward(
             plan, _seen(inputs, empty), rest, pulled, found.live, dout
         )
         # Scores are z = scale q.k, and q.k = y / steep.
         dscale = jnp.where(steep != 0, sums[0] / jnp.where(steep != 0, steep, 1), 0)
         if plan.rule is Fixed:
-            alone = _without_weight(found, empty)
+            alone = _without_weight(found, empty, rest)
             dvalue = lax.cond(
                 jnp.any(alone),
-                lambda: dvalue + _uniform_back(inputs, rest, alone, dout),
+                lambda: dvalue + _uniform_back(inputs, rest, alone, dout / rest.split.keys(1)),
                 lambda: dvalue,
             )
         at = inputs.at
@@ -209,8 +217,11 @@ def _seen(inputs: Inputs, empty: Bool[Array, "#B T"]) -> Inputs:
     return inputs._replace(query=jnp.where(empty[..., None, None], 0, inputs.query))
 
 
-def _without_weight(found: Found, empty: Bool[Array, "#B T"]) -> Bool[Array, "B T N 1"]:
+def _without_weight(
+    found: Found, empty: Bool[Array, "#B T"], rest: Problem
+) -> Bool[Array, "B T N 1"]:
     """Which queries see keys but give none of them weight."""
+    empty = ~rest.split.any(~empty[..., None])[..., 0]
     return jnp.swapaxes((found.rows.total <= 0) & ~empty[:, None], 1, 2)[..., None]
 
 
@@ -228,32 +239,34 @@ def _uniform_back(inputs: Inputs, rest: Problem, alone, dout) -> Array:
     return jax.vjp(lambda value: _uniform(value, inputs, rest), inputs.value)[1](dout)[0]
 
 
-def _residual(order: float, inputs: Inputs, total: Float[Array, "B N T"]) -> Array:
+def _residual(order: float, inputs: Inputs, rest: Problem, total: Float[Array, "B N T"]) -> Array:
     """Bounds |t - t*| by r |g - 1|, and rounding by the lengths of queries and keys."""
 
     def lengths(x):
         return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1))
 
     share = inputs.query.shape[2] // inputs.key.shape[2]
-    longest = jnp.repeat(jnp.max(lengths(inputs.key), axis=1), share, axis=-1)[..., None]
+    longest = rest.split.max(jnp.swapaxes(lengths(inputs.key), 1, 2))
+    longest = jnp.repeat(longest, share, axis=1)
     size = jnp.abs(_rows(inputs.scale)) * jnp.swapaxes(lengths(inputs.query), 1, 2) * longest
     norm = total ** (1 / order)
     rounding = jnp.finfo(jnp.float32).eps * (16 * (1 + size) + 4 * order)
     return jnp.abs(norm - 1) * order + rounding
 
 
-def _means(rule: type, found: Found, dout) -> tuple[Array, Array]:
+def _means(rule: type, found: Found, dout, rest: Problem) -> tuple[Array, Array]:
     """Finds of every row the mean of what flows back, and what flows to a given threshold."""
 
     def means(x):
         return jnp.swapaxes(jnp.sum(x.astype(jnp.float32) * dout, axis=-1), 1, 2)
 
     _, total, slope, *_ = found.rows
+    (lower,) = rest.split.joined(means(found.lower))
     if rule is Adaptive:
-        return means(found.lower), jnp.zeros_like(total)
+        return lower, jnp.zeros_like(total)
     mean = means(found.out)
     safe = jnp.where(total > 0, total, 1)
-    return mean, jnp.where(total > 0, slope * (means(found.lower) - mean) / safe, 0)
+    return mean, jnp.where(total > 0, slope * (lower - mean) / safe, 0)
 
 
 def _summed(x: Array, like: Array) -> Array:

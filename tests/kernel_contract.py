@@ -30,12 +30,14 @@ DECLINED = [
 class Interpreted:
     """An implementation whose kernels are run by an interpreter.
 
-    mode: the context in which they are; structures: by name, what is compiled once.
+    mode: the context in which they are; structures: by name, what is compiled once; op: what calls
+    them.
     """
 
     implementation: str
     mode: Callable[[], AbstractContextManager]
     structures: dict[str, Structure]
+    op: Callable = kreg.attention
 
     @functools.cache  # noqa: B019, there are a few for all time
     def compiled(self, name: str):
@@ -45,7 +47,7 @@ class Interpreted:
         @jax.jit
         def run(query, key, value, cotangent, mask, h):
             def attend(query, key, value, h):
-                return kreg.attention(
+                return self.op(
                     query, key, value, mask=mask, implementation=self.implementation,
                     return_stats=True, **s.arguments(h), **s.options,
                 )  # fmt: skip

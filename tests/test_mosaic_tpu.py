@@ -6,6 +6,7 @@ what nobody has written is NaN there, reads out of bounds and races raise.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,33 @@ QUICK, SLOW = (
     Interpreted("mosaic_tpu", as_xla, WIDE),
     Interpreted("mosaic_tpu", simulated, SIMULATED),
 )
+
+
+def over(form: str) -> Interpreted:
+    """The kernels on three devices, with queries or keys split."""
+    mesh = jax.make_mesh((3,), ("sequence",), devices=jax.devices()[:3])
+    op = functools.partial(kreg.sharding.attention, mesh=mesh, sequence="sequence", form=form)
+    return Interpreted("mosaic_tpu", as_xla, WIDE, op)
+
+
+SPLIT = {form: over(form) for form in ("gather", "keys")}
+
+
+OFTEN = {("plain", "keys"), ("anchored", "gather")}
+NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(*case, marks=[] if case in OFTEN else NIGHTLY)
+        for case in itertools.product(WIDE, SPLIT)
+    ],
+)
+def test_kernels_keep_the_contract_over_a_mesh(name, form):
+    """Ragged parts, masks of all kinds, devices without a key of a row."""
+    SPLIT[form].check(name, drawn(WIDE[name], 0, 1.0, MASKS["all"]))
+    SPLIT[form].check(name, drawn(WIDE[name], 1, 4.0, MASKS["all"]))
 
 
 @pytest.mark.core

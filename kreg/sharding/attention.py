@@ -63,8 +63,7 @@ def attention(
         form: None takes what sends fewer bytes; `explain` says which, and how many.
         mesh: that of `jax.set_mesh` where None.
         return_stats: as in `kreg.attention`.
-        **options: all others of `kreg.attention`. With "keys" the implementation is "reference"
-            or "xla".
+        **options: all others of `kreg.attention`. With "keys" kernels take no dropout.
 
     Returns:
         What `kreg.attention` returns; split over `sequence` with "gather", whole with "keys".
@@ -97,7 +96,10 @@ def attention(
     outs = PartitionSpec(*places.spec(problem.query.shape, "btn.", run.rows)[:3])
     of_stats: Any = (outs,) * 3
     found = outs, Stats(*of_stats) if return_stats else None
-    out, stats = places.run(run, (run.specs(problem),), found, (problem,), run.checks)
+    # Kernels do not say what of their results differs from device to device.
+    here = dataclasses.replace(problem, split=Split(sequence if form == "keys" else None))
+    checks = form == "keys" and not implementations.runs_kernels(here, implementation)
+    out, stats = places.run(run, (run.specs(problem),), found, (problem,), checks)
     if problem.sizes["t"] > queries:
         # Along explicit axes only what is whole can be cut.
         whole = PartitionSpec(*places.spec(problem.query.shape, "btn.", "bn")[:3])
@@ -135,7 +137,6 @@ class _Gathered:
 
     places: Places
     implementation: str | None
-    checks = False  # kernels do not say what of their results differs from device to device
     rows = "btn"
 
     def parts(self, problem: Problem) -> dict[str, int]:
@@ -183,7 +184,6 @@ class _KeysStay:
 
     places: Places
     implementation: str | None
-    checks = True
     rows = "bn"
 
     def parts(self, problem: Problem) -> dict[str, int]:

@@ -59,7 +59,7 @@ class Devices:
     @classmethod
     def of(cls, text: str) -> Self:
         """Read "data=2,fsdp=4"; what is left out is 1."""
-        counts = {}
+        counts: dict[str, Any] = {}
         for part in filter(None, text.split(",")):
             axis, _, count = part.partition("=")
             if axis not in AXES or not count.isdigit():
