@@ -50,7 +50,7 @@ def found(forward: Callable, plan: Any, inputs, rest, steep: Array, cut: Array) 
 
 
 def _highest(rows: Any, split: Split) -> tuple[Array, Array]:
-    """The greatest cut of all; and the number of its best key on one device that has it, else -1."""
+    """The greatest cut of all; and the number of its key on one device that has it, else -1."""
     cut = lax.pmax(rows.cut, split.axis)
     here = lax.axis_index(split.axis)
     holder = lax.pmin(jnp.where(rows.cut == cut, here, lax.axis_size(split.axis)), split.axis)

@@ -13,8 +13,8 @@ share d has weight: one full pass for the scores and two products forward, seven
 
 What a device sends, in bytes. Over fsdp parameters are gathered, those of features and outputs
 twice, since the backward pass forms features again. Gradients are summed over all devices, that of
-the embedding twice, once of the lookup, once of the logits (XLA sums, then cuts; a sum of which each
-keeps a part would be half of it). With a split sequence each layer gathers keys and values, and
+the embedding twice, once of the lookup, once of the logits (XLA sums, then cuts; where it scatters
+the sum, that is half of it). With a split sequence each layer gathers keys and values, and
 scatters their gradients; exchanges early and late queries; and gathers the ends of two averages.
 """
 
