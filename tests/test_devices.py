@@ -25,6 +25,7 @@ ALL = [
     for counts in itertools.product((1, 2, 4, 8), repeat=3)
     if np.prod(counts) in (4, 8)
 ]
+ALL += [pytest.param(Devices(2, 2, 2, explicit=True), marks=pytest.mark.nightly)]
 
 
 @functools.cache
@@ -102,6 +103,7 @@ METHODS = {
     [pytest.param(x, marks=() if x == "relumax" else pytest.mark.nightly) for x in METHODS],
 )
 def test_gradients_of_every_method(method):
+    """On a mesh of explicit axes."""
     kernel, bandwidth = METHODS[method]
 
     def gradients(devices):
@@ -114,7 +116,7 @@ def test_gradients_of_every_method(method):
             moved, _ = step(devices.place(state), devices.place_batch(batch(0)))
         return jax.tree.map(lambda a, b: a - np.asarray(b), before, moved.params)
 
-    want, got = gradients(ONE), gradients(Devices(2, 2, 2))
+    want, got = gradients(ONE), gradients(Devices(2, 2, 2, explicit=True))
     largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * max(largest, 1), rtol=0),

@@ -5,12 +5,13 @@ do not depend on how many devices there are, but for the order in which sums are
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 import kreg
@@ -35,6 +36,8 @@ class Devices:
         fsdp: rows are split over these, too, and so are parameters and the optimizer's state.
         sequence: time is split over these.
         among: the devices, in order; those of `jax.devices()` where None.
+        explicit: whether the mesh has explicit axes, for code of the caller's that wants them; the
+            step itself is split by JAX either way.
 
     Examples:
         >>> from kreg import training
@@ -50,6 +53,7 @@ class Devices:
     fsdp: int = 1
     sequence: int = 1
     among: tuple[Any, ...] | None = field(default=None, repr=False)
+    explicit: bool = False
 
     def __post_init__(self):
         for axis in AXES:
@@ -85,7 +89,8 @@ class Devices:
                 f"{self.count}"
             )
         shape = self.data, self.fsdp, self.sequence
-        types = (jax.sharding.AxisType.Auto,) * len(AXES)
+        kind = AxisType.Explicit if self.explicit else AxisType.Auto
+        types = (kind,) * len(AXES)
         return jax.make_mesh(shape, AXES, axis_types=types, devices=among[: self.count])
 
     @property
@@ -122,9 +127,19 @@ class Devices:
 
         return jax.tree.map(one, batch)
 
-    def constrain(self, tree: PyTree[Array]) -> PyTree[Array]:
-        """Keep a state, while it is traced, split as `shardings` says."""
-        return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+    def keeping(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Let a step return its state split as `shardings` says, and its metrics whole."""
+
+        def constrained(state, batch):
+            state, metrics = step(state, batch)
+            return jax.lax.with_sharding_constraint(state, self.shardings(state)), metrics
+
+        def typed(state, batch):
+            specs = jax.tree.map(lambda sharding: sharding.spec, self.shardings(state))
+            split: Any = jax.sharding.auto_axes(step, out_sharding=(specs, PartitionSpec()))
+            return split(state, batch)
+
+        return typed if self.explicit else constrained
 
 
 def _spec(path: tuple[str, ...], shape: tuple[int, ...], parts: int) -> PartitionSpec:

@@ -51,10 +51,9 @@ def make_step(
     """
 
     def step(state: TrainState, batch: PyTree[Array]) -> tuple[TrainState, dict[str, Array]]:
-        state, metrics = update(loss_fn, tx, compute_dtype, state, batch)
-        return state if devices is None else devices.constrain(state), metrics
+        return update(loss_fn, tx, compute_dtype, state, batch)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step if devices is None else devices.keeping(step), donate_argnums=0)
 
 
 def update(
