@@ -325,7 +325,7 @@ def test_a_stopped_slice_begins_no_other_job(tmp_path, monkeypatch):
     tried = []
     monkeypatch.setattr(
         "experiments.runs.sweep.sweep",
-        lambda experiment, config, say: tried.append(config.folder.name),
+        lambda experiment, config, say: tried.append(config.folder.name) or "time",
     )
     assert (
         work_on_queue(Report(tmp_path / "out", None, ABOUT), Deadline(1), jobs=file, carry=None)

@@ -65,7 +65,7 @@ def _attempt(job: Job, minutes: float, broken: dict[str, str]) -> bool:
         config = job.config(minutes)
         prepare(job.experiment, config)
         # By its time or by a signal: either way the next job has to wait for another slice.
-        stopped = not sweep(job.experiment, config, say)
+        stopped = sweep(job.experiment, config, say) is not None
     # The other jobs should still get their time.
     except Exception as error:
         broken[job.name] = one_line(error)

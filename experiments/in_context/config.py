@@ -70,7 +70,7 @@ class Config:
     A sequence holds a few strings of one random automaton; the model has to infer the automaton
     from the strings it has read. One run a method and seed; finished runs are skipped, unfinished
     ones go on. `table OUT...` and `figure OUT...` in place of the options redo the table and the
-    figure from the folders. Exit status: 0 done, 2 impossible, 3 stopped with runs left to do.
+    figure from the folders. Exit status: 0 done, or stopped by SIGTERM, 2 impossible, 3 runs left.
     """
 
     preset: Literal["smoke", "small", "paper"] = "smoke"

@@ -90,7 +90,7 @@ class Config:
 
     One run a method and seed; finished runs are skipped, unfinished ones go on. `table OUT...` and
     `figure OUT...` in place of the options redo the table and the figure from the folders. Exit
-    status: 0 done, 2 impossible, 3 stopped with runs left to do.
+    status: 0 done, or stopped by SIGTERM, 2 impossible, 3 stopped with runs left to do.
     """
 
     preset: Literal["smoke", "small", "paper"] = "smoke"

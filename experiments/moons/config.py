@@ -45,7 +45,7 @@ class Config:
     A run trains both models of a method and seed: one head that sees all six coordinates, and three
     of width two. Finished runs are skipped, unfinished ones go on. `table OUT...` and
     `figure OUT...` in place of the options redo the table and the figure from the folders. Exit
-    status: 0 done, 2 impossible, 3 stopped with runs left to do.
+    status: 0 done, or stopped by SIGTERM, 2 impossible, 3 stopped with runs left to do.
     """
 
     preset: Literal["smoke", "small", "paper"] = "smoke"

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def command(experiment: Experiment, arguments: Sequence[str]) -> int:
-    """Do what the words say; return 0, 2 where that is impossible, 3 where runs are left to do."""
+    """Do what the words say; return 0, 2 where that is impossible, 3 where runs are left to do.
+
+    Who stops it by SIGTERM has what was asked for: 0, too.
+    """
     first, *rest = arguments or [""]
     if first in ("table", "figure"):
         return report(experiment, first, rest)
@@ -61,12 +64,14 @@ def _reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
     except (ValueError, OSError) as error:
         return explain(error)
     try:
-        complete = sweep(experiment, config, say)
+        stopped_by = sweep(experiment, config, say)
     # Other errors in here are ours, and deserve their traceback.
     except (CheckpointError, DataError, OSError) as error:
         return explain(error)
+    # Who asks for an end by SIGTERM gets what was asked for.
+    status = 0 if stopped_by in (None, "SIGTERM") else 3
     if not is_first():
-        return 0 if complete else 3
+        return status
     write_table(experiment, config.folder)
     write_cost(experiment, config.folder)
     try:
@@ -74,7 +79,7 @@ def _reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
     # Nothing to draw yet, or nothing to draw with: the runs are no worse for that.
     except ValueError as error:
         say(f"no figure: {error}")
-    return 0 if complete else 3
+    return status
 
 
 def report(experiment: Experiment, what: str, arguments: Sequence[str]) -> int:

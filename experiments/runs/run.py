@@ -81,8 +81,8 @@ def run[C: Config, D](
     *,
     time_limit: float | None,
     label: str,
-) -> bool:
-    """Train until the steps are done or the time is up, then test; tell whether all is done.
+) -> str | None:
+    """Train until the steps are done or the time is up, then test; tell what stopped it, if so.
 
     What is on the disk decides where it starts: a run that was stopped goes on, and ends with the
     losses and parameters that it would have had. The tested parameters are those of the best
@@ -122,7 +122,7 @@ def run[C: Config, D](
     for setting, initial, end in zip(settings, params, trained, strict=True):
         if end.finished:
             _test(task, setting, data, program, initial, end.best_step)
-    return all(end.finished for end in trained)
+    return next((end.stopped_by for end in trained if not end.finished), None)
 
 
 def _train(

@@ -63,8 +63,10 @@ def prepare[C: Config](experiment: Experiment[C], config: C) -> None:
     config.folder.mkdir(parents=True, exist_ok=True)
 
 
-def sweep[C: Config](experiment: Experiment[C], config: C, say: Callable[[str], None]) -> bool:
-    """Do the runs that are not finished; tell whether all are."""
+def sweep[C: Config](
+    experiment: Experiment[C], config: C, say: Callable[[str], None]
+) -> str | None:
+    """Do the runs that are not finished; tell what stopped that, if something did."""
     clock = _Clock(config.time_limit)
     task = experiment.load_task()
     data = task.load(config)
@@ -81,10 +83,13 @@ def sweep[C: Config](experiment: Experiment[C], config: C, say: Callable[[str], 
     for number, company in enumerate(companies, 1):
         what = _name(company)
         say(f"[{number}/{len(companies)}] {what}, {clock.told(number - 1, len(companies))}")
-        if clock.left == 0 or not run(task, company, data, time_limit=clock.left, label=what):
-            say(f"stopped in {what}; the same command goes on from there")
-            return False
-    return True
+        stopped_by = "time"
+        if clock.left != 0:
+            stopped_by = run(task, company, data, time_limit=clock.left, label=what)
+        if stopped_by is not None:
+            say(f"stopped in {what} by {stopped_by}; the same command goes on from there")
+            return stopped_by
+    return None
 
 
 def company_size(config: Config) -> int:
