@@ -13,6 +13,7 @@ from mosaic_steps import mosaic_step
 
 import kreg
 from experiments.scaling.check import check
+from experiments.scaling.collectives import messages
 from experiments.scaling.model import Sizes, Split
 
 pytestmark = pytest.mark.aot
@@ -30,6 +31,30 @@ def attend(length, width, dtype=jnp.bfloat16, heads=2, key_heads=1, backward=Tru
 
     shapes = (query, key, key, query) if backward else (query, key, key)
     return h200.compiled(both if backward else function, *shapes)
+
+
+def test_keys_are_split_over_eight_gpus():
+    """Kernels for the keys here; only sums go around."""
+    mesh = jax.make_mesh((8,), ("sequence",), devices=h200.devices(8))
+    attend = functools.partial(
+        kreg.sharding.attention, sequence="sequence", form="keys", mesh=mesh, is_causal=True,
+        implementation="mosaic_gpu",
+    )  # fmt: skip
+
+    def both(query, key, value, dout):
+        out, pull = jax.vjp(attend, query, key, value)
+        return out, pull(dout)
+
+    whole, parts = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), (None, "sequence")))
+    places = (2, whole), (1, parts), (1, parts), (2, whole)
+    shapes = [
+        jax.ShapeDtypeStruct((1, 2048, n, 64), jnp.bfloat16, sharding=where) for n, where in places
+    ]
+    found = messages(jax.jit(both).lower(*shapes).compile().as_text())
+    assert {message.kind for message in found} == {"all-reduce"}
+    # A round of the search sends two numbers a row; the averages that it forms stay here.
+    rounds = [message.bytes for message in found if None in message.loops]
+    assert rounds and max(rounds) <= 16 * 2 * 2048
 
 
 @pytest.mark.nightly

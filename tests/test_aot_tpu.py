@@ -130,15 +130,13 @@ def test_batch_and_heads_are_split_over_eight_chips_without_a_word(generation):
     assert names(found) == KERNELS and not found.collectives
 
 
-def test_a_sequence_is_split_over_eight_chips():
-    """Kernels for an early and a late part of the queries; keys and values are gathered once."""
+def over_eight(form: str) -> tpus.Program:
+    """Compile attention and its gradients with a sequence that is split over eight chips."""
     mesh = tpus.mesh("v6e", sequence=8)
-    where = NamedSharding(mesh, P(None, "sequence"))
-    shapes = [
-        jax.ShapeDtypeStruct((1, 2048, n, 64), jnp.bfloat16, sharding=where) for n in (2, 1, 1, 2)
-    ]
+    parts, whole = (NamedSharding(mesh, spec) for spec in (P(None, "sequence"), P()))
+    of_queries = parts if form == "gather" else whole
     attend = functools.partial(
-        kreg.sharding.attention, sequence="sequence", form="gather", is_causal=True,
+        kreg.sharding.attention, sequence="sequence", form=form, is_causal=True,
         implementation="mosaic_tpu",
     )  # fmt: skip
 
@@ -146,9 +144,25 @@ def test_a_sequence_is_split_over_eight_chips():
         out, pull = jax.vjp(attend, query, key, value)
         return out, pull(cotangent)
 
-    found = tpus.compiled(both, *shapes, generation="v6e")
+    places = (2, of_queries), (1, parts), (1, parts), (2, of_queries)
+    shapes = [
+        jax.ShapeDtypeStruct((1, 2048, n, 64), jnp.bfloat16, sharding=where) for n, where in places
+    ]
+    return tpus.compiled(both, *shapes, generation="v6e")
+
+
+def test_queries_are_split_over_eight_chips():
+    """Kernels for an early and a late part of the queries; keys and values are gathered once."""
+    found = over_eight("gather")
     assert names(found) == KERNELS
     assert found.collectives["all-gather"] == 2 and found.collectives["all-to-all"] == 0
+
+
+def test_keys_are_split_over_eight_chips():
+    """Kernels for the keys here; only sums go around."""
+    found = over_eight("keys")
+    assert sorted(set(names(found))) == KERNELS
+    assert set(found.collectives) == {"all-reduce"}
 
 
 @pytest.mark.nightly
