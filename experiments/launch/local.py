@@ -3,8 +3,8 @@
     python -m experiments.launch.local --processes 2 python -m experiments reproduce icl
 
 They find each other by the variables that `kreg.training.processes` reads. When one fails, the
-others are ended; SIGTERM and SIGINT go to all of them. Every process has devices of its own: GPUs
-in the machine's order, or virtual ones on CPU.
+others are killed if they do not end by themselves; SIGTERM and SIGINT go to all of them. Every
+process has devices of its own: GPUs in the machine's order, or virtual ones on CPU.
 """
 
 import argparse
@@ -14,6 +14,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+
+GRACE = 5  # seconds in which the others may end by themselves
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.processes < 1 or options.devices_per_process < 1 or not options.command:
         reader.error("expected a command, and at least one process with one device")
     coordinator = f"localhost:{_free_port()}"
-    indices = {
+    started = [
         subprocess.Popen(
             options.command,
             env=os.environ
@@ -35,31 +38,35 @@ def main(arguments: Sequence[str]) -> int:
             | _devices(options.devices_per_process, index),
             # The terminal's signals come by way of this process, and once.
             start_new_session=True,
-        ).pid: index
+        )
         for index in range(options.processes)
-    }
-
-    def forward(number: int, frame: object) -> None:
-        for pid in indices:
-            os.kill(pid, number)
-
+    ]
+    indices = {process.pid: index for index, process in enumerate(started)}
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, forward)
+        signal.signal(number, lambda number, frame: _send(number, indices))
+    signal.signal(signal.SIGALRM, lambda number, frame: _send(signal.SIGKILL, indices))
     return _wait(indices)
 
 
 def _wait(indices: dict[int, int]) -> int:
-    """Wait for all of them, or for the first that fails."""
+    """Wait for all of them; once one has failed, not for long."""
+    failed = 0
     while indices:
         pid, status = os.wait()
         index, code = indices.pop(pid), os.waitstatus_to_exitcode(status)
-        if code:
+        if code and not failed:
             how = signal.Signals(-code).name if code < 0 else f"status {code}"
-            print(f"process {index} ended with {how}; the others are ended", file=sys.stderr)
-            for other in indices:
-                os.kill(other, signal.SIGKILL)
-            return code if code > 0 else 128 - code
-    return 0
+            print(f"process {index} ended with {how}; all end now", file=sys.stderr, flush=True)
+            failed = code if code > 0 else 128 - code
+            signal.alarm(GRACE)
+    signal.alarm(0)
+    return failed
+
+
+def _send(number: int, indices: dict[int, int]) -> None:
+    for pid in indices:
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)
 
 
 def _one_of(count: int, index: int, coordinator: str) -> dict[str, str]:

@@ -43,11 +43,11 @@ sys.stderr.write(sys.argv[2])
 
 @dataclass(frozen=True)
 class Processes:
-    """Tell which of the processes this is; as a context, end it at once where it fails.
+    """Tell which of the processes this is; as a context, end it at once where an error comes out.
 
     A process that failed must not wait for the others, which may be waiting for it. They hear of
-    it when its connections close, at the latest after the timeout of `start`. With one process
-    the context does nothing.
+    it when its connections close, at the latest after the timeout of `start`. `sys.exit` is no
+    error. With one process the context does nothing.
 
     Examples:
         >>> with Processes() as processes:
@@ -85,17 +85,9 @@ class Processes:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._watch is None or error is None:
+        if self._watch is None or error is None or isinstance(error, SystemExit):
             return
-        code = 1
-        if not isinstance(error, SystemExit):
-            traceback.print_exception(error)
-        elif not error.code:
-            return
-        elif isinstance(error.code, int):
-            code = error.code
-        else:
-            _say(str(error.code))
+        traceback.print_exception(error)
         _say(
             f"process {self.index} of {self.count} ends with an error, and so will the others: "
             f"a lost connection means that another one ended first. {_RESUME}"
@@ -105,7 +97,7 @@ class Processes:
             # The others end with this one. Those that fail alike may say so before.
             time.sleep(2)
         sys.stdout.flush()
-        os._exit(code)
+        os._exit(1)
 
 
 def start(
