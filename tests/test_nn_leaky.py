@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from nn_models import quick_jit
 
+import kreg
 from kreg.nn import LeakyAverage, leaky_average
 from kreg.nn.compat import wkv
 from kreg.nn.leaky import decayed_sum, magnitude
@@ -112,3 +114,29 @@ def test_rate_zero_sums_everything():
     ones = jnp.ones((1, 5, 1, 1))
     np.testing.assert_array_equal(decayed_sum(ones, jnp.zeros(1))[0, :, 0, 0], [1, 2, 3, 4, 5])
     assert jax.grad(magnitude)(0.0) == 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_averages_go_on_from_device_to_device(packed, normalised):
+    """Time over eight devices, documents of many parts and within one; values and gradients."""
+    rng = np.random.default_rng(0)
+    z = jnp.asarray(rng.normal(size=(2, 64, 3, 4)), jnp.float32)
+    documents = jnp.asarray(np.sort(rng.integers(0, 4, (2, 64)))) if packed else None
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
+    layout = kreg.sharding.Layout(sequence="sequence")
+
+    def both(layout):
+        average = LeakyAverage(3, normalised=normalised, layout=layout)
+        graph, state = nnx.split(average)
+
+        def loss(state, z):
+            out = nnx.merge(graph, state)(z, documents)
+            return jnp.sum(out**3), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(state, z)
+
+    with jax.set_mesh(mesh):
+        found = both(layout)
+    want = both(None)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-5), found, want)

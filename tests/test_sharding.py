@@ -1,5 +1,6 @@
 """Attention over a mesh: what one device gives, whatever is split; and what is sent."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import AxisType
 import kreg
 from experiments.scaling.collectives import messages, sent
 from kreg.canonical import canonical
+from kreg.sharding import zigzag
 from kreg.sharding.traffic import ROUNDS, Traffic
 
 FORMS = ("gather", "keys")
@@ -128,6 +130,28 @@ def test_batch_heads_and_sequence(kind, form):
             kreg.sharding.attention, batch="data", heads="model", sequence="sequence", form=form
         )
         same(want, both(op, placed, is_causal=True))
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_causal_work_is_shared_evenly(devices):
+    """Device i has parts i and 2 P - 1 - i of the queries: all see as many keys."""
+    length = 4 * devices
+    problem = canonical(*(jnp.zeros((1, length, 1, 1)),) * 3, is_causal=True)
+
+    def seen(rows):
+        part = dataclasses.replace(problem, query=problem.query[:, : rows.size], rows=rows)
+        early, late = zigzag.dealt(part, "sequence")
+        both = jnp.concatenate([early.rows, late.rows])
+        back = zigzag.returned(early.rows[None], late.rows[None], "sequence")[0]
+        return jnp.sum(both + 1)[None], both, back
+
+    over = jax.shard_map(
+        seen, mesh=mesh(sequence=devices), in_specs=jax.P("sequence"), out_specs=jax.P("sequence")
+    )
+    counts, rows, back = over(jnp.arange(length))
+    assert len(set(counts.tolist())) == 1
+    assert rows[:4].tolist() == [0, 1, length - 2, length - 1]
+    assert back.tolist() == list(range(length))
 
 
 @pytest.mark.parametrize("form", FORMS)
