@@ -39,14 +39,24 @@ def split(form: str, devices: int, implementation: str | None = None):
     )
 
 
-# Structures of the contract, by number, with a form and a number of devices: some always, all
-# nightly.
-OFTEN = {(0, "keys", 8), (1, "gather", 4), (3, "keys", 2), (7, "keys", 4), (11, "keys", 8)}
+# Structures of the contract, by number, with a form and a number of devices: two at once, more with
+# the slow tests, all nightly.
+AT_ONCE = {(0, "keys", 8), (1, "gather", 4)}
+SLOW = {(3, "keys", 2), (7, "keys", 4), (11, "keys", 8)}
+LONGER = pytest.mark.slow
+
+
+def marked(case: tuple[int, str, int]):
+    if case in AT_ONCE:
+        return ()
+    return (LONGER,) if case in SLOW else (LONGER, pytest.mark.nightly)
+
+
 ALL = [
     pytest.param(
         number, form, devices,
         id=f"{contract.NAMES[number]}-{form}-{devices}",
-        marks=() if (number, form, devices) in OFTEN else (pytest.mark.slow, pytest.mark.nightly),
+        marks=marked((number, form, devices)),
     )
     for number in range(len(contract.STRUCTURES))
     for form in FORMS
@@ -95,7 +105,9 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", [x if x == "dropout" else pytest.param(x, marks=LONGER) for x in OPTIONS]
+)
 def test_options(name, form):
     """What the contract does not draw; dropout takes the same weights wherever they are."""
     arrays = draw(Shape(T=41, S=50, K=2), seed=1)
@@ -104,15 +116,19 @@ def test_options(name, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cell", FOUR, ids=str)
+@pytest.mark.parametrize(
+    "cell", [*FOUR[:1], *(pytest.param(x, marks=LONGER) for x in FOUR[1:])], ids=str
+)
 def test_every_rule(cell: Cell, form):
+    # Wide enough that no query is left with one key at its edge, where a gradient is all rounding.
+    cell = dataclasses.replace(cell, h=1.2)
     arrays = draw(Shape(T=24, S=64), seed=2)
     options = {"scale": 1.0, **cell.arguments}
     want = both(kreg.attention, arrays, **options)
     same(want, both(split(form, 8), arrays, **options))
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", [pytest.param("Auto", marks=LONGER), "Explicit"])
 @pytest.mark.parametrize("form", FORMS)
 def test_batch_heads_and_sequence(kind, form):
     """All three at once, on a mesh of either type, with arrays that are already split there."""
@@ -154,6 +170,7 @@ def test_causal_work_is_shared_evenly(devices):
     assert back.tolist() == list(range(length))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_of_queries(form):
     """Rows too many to be formed at once, on the path that looks at blocks of them."""
@@ -166,7 +183,7 @@ def test_blocks_of_queries(form):
     same(want, both(split(form, 4, "xla"), arrays, **options), 1e-4)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=LONGER), 8])
 def test_a_support_in_one_shard(devices):
     """All weight is with one device, for some rows with the first, for others with the last."""
     query, key, value, cotangent = draw(Shape(B=1, T=6, S=64, N=1, K=1), spherical=False)
@@ -179,6 +196,7 @@ def test_a_support_in_one_shard(devices):
     same(want, both(split("keys", devices), arrays))
 
 
+@pytest.mark.slow
 def test_forward_derivatives_and_curvature():
     query, key, value, change = (
         jnp.asarray(x, jnp.float32) for x in draw(Shape(B=1, T=5, S=16, N=1, K=1, V=8))
@@ -268,8 +286,8 @@ def test_errors(options, message):
         kreg.sharding.attention(x, x, x, sequence="sequence")
 
 
-def test_kernels_decline_keys_that_are_split():
+def test_kernels_decline_dropout_where_keys_are_split():
     x = jnp.zeros((1, 128, 2, 16))
     op = split("keys", 2, "mosaic_tpu")
-    with pytest.raises(NotImplementedError, match="keys that are split over a mesh"):
-        op(x, x, x)
+    with pytest.raises(NotImplementedError, match="dropout where keys are split over a mesh"):
+        op(x, x, x, dropout_rate=0.1, dropout_key=jax.random.key(0))
