@@ -286,6 +286,22 @@ def test_errors(options, message):
         kreg.sharding.attention(x, x, x, sequence="sequence")
 
 
+def test_inside_of_a_map_only_what_is_not_mapped_is_split():
+    x, over = jnp.zeros((4, 8, 2, 4)), mesh(data=2, sequence=2)
+    options = {"is_causal": True, "sequence": "sequence"}
+
+    def attend(**more):
+        inner = functools.partial(kreg.sharding.attention, **options, **more)
+        spec = jax.P("data")
+        return jax.shard_map(
+            lambda x: inner(x, x, x), mesh=over, in_specs=spec, out_specs=spec, axis_names={"data"}
+        )
+
+    same(jax.jit(attend())(x), kreg.attention(x, x, x, is_causal=True))
+    with pytest.raises(ValueError, match=r"batch: expected axes that no jax\.shard_map"):
+        attend(batch="data")(x)
+
+
 def test_kernels_decline_dropout_where_keys_are_split():
     x = jnp.zeros((1, 128, 2, 16))
     op = split("keys", 2, "mosaic_tpu")

@@ -44,6 +44,13 @@ class Places(NamedTuple):
                     f"{name}: expected axes of the mesh, each once; it has {mesh.axis_names}, "
                     f"got {axes}{advice}"
                 )
+        kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        for name, axes in split.items():
+            if any(kinds[axis] == AxisType.Manual for axis in axes):
+                raise ValueError(
+                    f"{name}: expected axes that no jax.shard_map around has mapped, got {axes}; "
+                    "inside of one kreg.attention takes a device's batch and heads"
+                )
         heads, sequence = split["heads"], split["sequence"]
         axes = {"b": split["batch"], "n": heads, "k": heads, "t": sequence, "s": sequence}
         return cls(mesh, axes)
