@@ -1,5 +1,6 @@
 """Several real processes train one model, are killed, and end with what nobody disturbed gives."""
 
+import json
 import os
 import random
 import signal
@@ -98,3 +99,29 @@ def test_other_processes_go_on(undisturbed, tmp_path):
     kill(process, tmp_path, 2 * lines(log(undisturbed)) // 3, False, random.Random(1))
     finish(train(tmp_path, "4 of 1"))
     np.testing.assert_allclose(losses(tmp_path), losses(undisturbed), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_language_model_of_two_processes_is_that_of_one(tmp_path):
+    """Time and parameters are split between them; the numbers of a result are those of one."""
+    pytest.importorskip("matplotlib")
+    tiny = [
+        *("--methods", "biweight", "--text.stories", "200", "--text.validation-stories", "20"),
+        *("--text.block", "64", "--training.steps", "12", "--training.warmup", "2"),
+        *("--training.evaluations", "2", "--training.batch-size", "8", "--sizes.layers", "1"),
+        *("--sizes.width", "32", "--sizes.heads", "2", "--sizes.slots", "32"),
+        *("--tokens", str(tmp_path / "tokens")),
+    ]
+    command = ("-m", "experiments.language", *tiny)
+    two = ("-m", "experiments.launch.local", "--processes", "2", "--devices-per-process", "2")
+    devices = ("--devices", "fsdp=2,sequence=2")
+    finish(start(*command, "--out", str(tmp_path / "one")))
+    finish(start(*two, sys.executable, *command, *devices, "--out", str(tmp_path / "two")))
+    one, other = (
+        json.loads((tmp_path / name / "biweight/seed0/result.json").read_text())
+        for name in ("one", "two")
+    )
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+    assert one["by_position"] == pytest.approx(other["by_position"], rel=1e-5)
+    np.testing.assert_allclose(one["support"], other["support"], rtol=1e-2)

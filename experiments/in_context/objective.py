@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from experiments.regbench import IGNORED_LABEL, PAD_ID, Instances, Score
 from kreg.training import mean_token_cross_entropy, token_cross_entropy
+from kreg.training.writer import fetch
 
 # What keeps the logarithms of the Kullback-Leibler divergence finite, as in `Score`.
 KL_FLOOR = 1e-7
@@ -117,7 +118,7 @@ def evaluate(
     data: Sequence[dict[str, Array]],
 ) -> dict[str, Any]:
     """Return the mean `loss` over the labels, and `tvd`, `accuracy`, `kl` over the `positions`."""
-    found = jax.device_get([measure(params, batch) for batch in data])
+    found = fetch([measure(params, batch) for batch in data])
     total = {name: sum(part[name].item() for part in found) for name in found[0]}
     loss, labels = total.pop("loss"), total.pop("labels")
     return {"loss": loss / max(labels, 1)} | summary(Score(**total))

@@ -30,6 +30,7 @@ from kreg.sharding import Layout
 from kreg.training import adamw, batches
 from kreg.training.data import BatchIterator
 from kreg.training.schedules import regbench
+from kreg.training.writer import fetch
 
 ORDERS = {"2-gram": 2, "3-gram": 3}
 
@@ -114,7 +115,7 @@ def _program(
     def test(params: PyTree[Array], data: Data) -> dict[str, Any]:
         rows = data.test[: -(-supports.ROWS // data.batch_size)]
         try:
-            found = supports.summary(jax.device_get([count(params, batch) for batch in rows]))
+            found = supports.summary(fetch([count(params, batch) for batch in rows]))
         except NotImplementedError:
             found = {}
         return evaluate(measure, params, data.test) | found

@@ -16,6 +16,7 @@ from experiments.text import IGNORED_LABEL, LossByPosition, document_positions
 from kreg.training import mean_token_cross_entropy
 from kreg.training.data import Batch, Source
 from kreg.training.step import LossFn
+from kreg.training.writer import fetch
 
 # (parameters, tokens, segments or None, dropout key or None) -> logits
 type Apply = Callable[
@@ -76,7 +77,7 @@ def by_position(
     """Add up the losses of all labels by their position: in the window, or in the document."""
     total = None
     for batch in batches:
-        losses, labels = np.asarray(measure(params, batch)), batch["labels"]
+        losses, labels = fetch(measure(params, batch)), batch["labels"]
         if "segment_ids" in batch:
             losses, labels = _by_document(losses, labels, batch["segment_ids"])
         found = LossByPosition.of(losses, labels)

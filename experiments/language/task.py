@@ -31,6 +31,7 @@ from kreg.sharding import Layout
 from kreg.training import batches, decay_matrices
 from kreg.training.data import Batch, BatchIterator, Source
 from kreg.training.optimizer import names
+from kreg.training.writer import fetch
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,9 +179,7 @@ def _support(count: Any, params: PyTree[Array], data: Data) -> dict[str, Any]:
     whole = len(rows) // size * size
     try:
         found = [
-            jax.device_get(
-                count(params, pad_to(size, data.validation.end)(rows[start : start + size]))
-            )
+            fetch(count(params, pad_to(size, data.validation.end)(rows[start : start + size])))
             for start in range(0, whole, size)
         ]
     except NotImplementedError:
