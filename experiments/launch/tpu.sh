@@ -1,7 +1,7 @@
 #!/bin/bash
 # On the virtual machines of one Cloud TPU slice:
 #
-#     TPU=my-slice ZONE=us-east5-b HOSTS=4 experiments/launch/tpu.sh reproduce icl --preset paper
+#     TPU=my-slice ZONE=us-east5-b HOSTS=4 experiments/launch/tpu.sh reproduce icl --preset paper --devices data=4,fsdp=4
 #
 # HOSTS is the number of machines: a v6e-16 has 4, with 4 chips each. Every machine has this
 # repository in ~/kreg, with `pip install -e ".[experiments]" "jax[tpu]"`, and sees the same folder
