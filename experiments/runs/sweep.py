@@ -14,7 +14,7 @@ from experiments.runs.results import BASELINES, EXPERIMENT
 from experiments.runs.run import Setting, announce, check_owner, run
 from experiments.runs.task import Task, devices_of
 from kreg.training.run_directory import as_json, first_difference
-from kreg.training.writer import is_first, wait_for_all
+from kreg.training.writer import as_first_says, is_first, wait_for_all
 
 
 def settings(config: Config) -> list[Setting]:
@@ -83,9 +83,9 @@ def sweep[C: Config](
     for number, company in enumerate(companies, 1):
         what = _name(company)
         say(f"[{number}/{len(companies)}] {what}, {clock.told(number - 1, len(companies))}")
-        stopped_by = "time"
-        if clock.left != 0:
-            stopped_by = run(task, company, data, time_limit=clock.left, label=what)
+        stopped_by, left = "time", as_first_says(clock.left)
+        if left != 0:
+            stopped_by = run(task, company, data, time_limit=left, label=what)
         if stopped_by is not None:
             say(f"stopped in {what} by {stopped_by}; the same command goes on from there")
             return stopped_by
