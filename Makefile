@@ -3,7 +3,8 @@ PYTHON ?= python3
 OUT ?= runs/demo
 ARGS ?=
 PART ?=
-PYTEST_ARGS ?= -n auto --maxprocesses=4 --durations=15
+# Each worker begins with files of its own, so that what a file sets up and compiles is there once.
+PYTEST_ARGS ?= -n auto --maxprocesses=4 --dist=worksteal --durations=15
 
 METHODS = softmax epanechnikov biweight triweight norm_relu relumax
 PY = .venv/bin/python

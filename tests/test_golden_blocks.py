@@ -112,10 +112,10 @@ def contextual_modules(group, methods, compat):
 
 
 def quick(name):
-    """The methods of a group that `make test` has: all at small sizes, one of a variant."""
+    """The methods of a group that `make test` has: all at the smallest sizes, one of a variant."""
     if name.startswith("variant"):
         return {"variant_k_lowr": "softmax", "variant_vconv3_bias": "relumax"}.get(name, "biweight")
-    return "none" if name.startswith("c64") else "all"
+    return {"c32": "biweight", "c64": "none"}.get(name[:3], "all")
 
 
 CONTEXTS = group_names("context_block")
@@ -196,7 +196,13 @@ def eft_names(gradients):
     return renamed
 
 
-@pytest.mark.parametrize("name", group_names("eft_block"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "context_c24_h4_t20_rand" else ())
+        for name in group_names("eft_block")
+    ],
+)
 def test_golden_eft_block(name):
     group = open_group("eft_block", name)
     cases = group.members("y")

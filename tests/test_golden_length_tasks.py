@@ -323,9 +323,10 @@ def test_golden_sparse_attention_metrics(golden):
             assert (counts.pairs, counts.correct) == (case["n_pairs"], case["n_correct"])
             assert (counts.sequences, bool(counts.exact)) == (1, case["exact"])
     layout = sparse_attention_layout(Sort())
-    for case in golden["reverse_like"]:
+    for number, case in enumerate(golden["reverse_like"]):
         assert case["sep"] == layout.sep
-        for make in (np.array, jnp.array):
+        # On the device every length is another program: one will do.
+        for make in (np.array, jnp.array)[: 2 if number == 0 else 1]:
             rows = make(case["pred"])[None], make(case["target"])[None]
             counts = metrics.sparse_attention_exact(*rows, layout)
             assert (counts.sequences, counts.exact) == (1, case["exact"])

@@ -1,5 +1,6 @@
 """With the Gaussian kernel kreg.attention is jax.nn.dot_product_attention, but for empty rows."""
 
+import functools
 import itertools
 
 import jax
@@ -50,13 +51,11 @@ def named(numbers) -> dict:
     return {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def values_and_gradients(attend, inputs, cotangent):
-    @jax.jit
-    def run(inputs, cotangent):
-        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v), *inputs)
-        return out, pull(cotangent)
-
-    return run(inputs, cotangent)
+    """Of rows with keys: those without are 0 here and a mean there, and stay out."""
+    out, pull, some = jax.vjp(attend, *inputs, has_aux=True)
+    return (jnp.where(some, out, 0), pull(jnp.where(some, cotangent, 0))), some
 
 
 @pytest.mark.parametrize(
@@ -67,21 +66,18 @@ def values_and_gradients(attend, inputs, cotangent):
 def test_gaussian_is_softmax_attention(numbers):
     options = named(numbers)
     *inputs, cotangent = arrays(options.pop("heads"))
-    # Rows without keys are 0 here and a mean there: they and their gradients stay out.
-    _, stats = kreg.attention(*inputs, kernel=kreg.gaussian, return_stats=True, **options)
-    some = (stats.support > 0)[..., None]
-    cotangent = jnp.where(some, cotangent, 0)
+
+    def ours(implementation, q, k, v):
+        same = {"kernel": kreg.gaussian, "implementation": implementation, "return_stats": True}
+        out, stats = kreg.attention(q, k, v, **same, **options)
+        return out, (stats.support > 0)[..., None]
+
+    first, some = values_and_gradients(functools.partial(ours, "reference"), inputs, cotangent)
+    second, _ = values_and_gradients(functools.partial(ours, "xla"), inputs, cotangent)
 
     def theirs(q, k, v):
-        out = jax.nn.dot_product_attention(q, k, v, **options)
-        return jnp.where(some, out, 0)
+        return jax.nn.dot_product_attention(q, k, v, **options), some
 
-    want = values_and_gradients(theirs, inputs, cotangent)
-    for implementation in ("reference", "xla"):
-
-        def ours(q, k, v, implementation=implementation):
-            options_ = {"kernel": kreg.gaussian, "implementation": implementation, **options}
-            return kreg.attention(q, k, v, **options_)
-
-        got = values_and_gradients(ours, inputs, cotangent)
+    want, _ = values_and_gradients(theirs, inputs, cotangent)
+    for got in (first, second):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), got, want)

@@ -245,6 +245,7 @@ def test_a_run_is_measured_at_every_length(finished):
     assert record["benchmark"]["trained_lengths"] == [2, 4]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_an_undisturbed_one(finished, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass

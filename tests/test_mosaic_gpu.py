@@ -138,8 +138,9 @@ def test_two_runs_agree_bit_by_bit(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "bandwidth", [kreg.Adaptive(), pytest.param(kreg.Anchored(), marks=NIGHTLY)]
+    "bandwidth", [kreg.Adaptive(), pytest.param(kreg.Anchored(), marks=pytest.mark.nightly)]
 )
 def test_dropout_is_that_of_the_reference(bandwidth):
     keys = jax.random.split(jax.random.key(0), 4)

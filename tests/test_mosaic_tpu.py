@@ -169,7 +169,9 @@ def test_two_runs_agree_and_rows_do_not_depend_on_others():
     assert np.all(np.isnan(other[0, 70]))
 
 
-@pytest.mark.parametrize("bandwidth", [kreg.Adaptive(), kreg.Anchored()])
+@pytest.mark.parametrize(
+    "bandwidth", [kreg.Adaptive(), pytest.param(kreg.Anchored(), marks=pytest.mark.slow)]
+)
 def test_several_runs_side_by_side_drop_what_each_drops_alone(bandwidth):
     """vmap over all arguments, the dropout's key too; the reference draws the same."""
     rng = np.random.default_rng(0)
