@@ -1,6 +1,7 @@
 """`python -m experiments reproduce NAME [...]` and `python -m experiments report OUT...`."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,9 @@ def _reproduce(options: argparse.Namespace, more: Sequence[str]) -> int:
         seconds = []
         for config in configs:
             experiment.check(config)
+            if getattr(config, "devices", ""):
+                say("the forecast is that of one device")
+                config = dataclasses.replace(config, devices="")
             found = forecast(experiment, config, options.rate)
             print(found.told(), flush=True)
             seconds.append(found.seconds)
@@ -70,7 +74,7 @@ def _reproduce(options: argparse.Namespace, more: Sequence[str]) -> int:
         return 0
     for config in configs:
         if status := command.reproduce(experiment, config):
-            return status
+            return command.as_exit(status)
     return 0
 
 

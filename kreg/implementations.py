@@ -71,10 +71,11 @@ def _compiled(
     return jax.lax.platform_dependent(problem, **found, default=IMPLEMENTATIONS[elsewhere])
 
 
-def runs_kernels(problem: Problem, implementation: str | None) -> bool:
-    """Whether `run` may run kernels."""
-    name = choose(problem)[0] if implementation is None else implementation
-    return name in _PLATFORMS
+def may_run_kernels(implementation: str | None, *devices: str) -> bool:
+    """Whether `run` may run kernels, on devices of these kinds; for some problems it does not."""
+    if implementation is not None:
+        return implementation in _PLATFORMS
+    return any(kernels_for(device) for device in devices)
 
 
 def check(implementation: str | None) -> None:

@@ -144,13 +144,16 @@ class Mask:
 
         Its arrays must have been cut to the part already.
         """
+        if isinstance(row, int) and isinstance(column, int) and row == column == 0:
+            return self
         moved = _bare()
         moved.array, moved.segments = self.array, self.segments
         by = {"key": -column, "query": -row, "lower": row - column, "upper": row - column}
         for name in _RANGES:
             value = getattr(self, name)
             if value is not None:
-                value = value + by[name.split("_")[0]]
+                # What says "no limit" by the greatest of integers still does when it has moved.
+                value = jnp.clip(jnp.asarray(value), -_FAR, _FAR) + by[name.split("_")[0]]
                 value = _offset(value) if name in ("lower", "upper") else value
             setattr(moved, name, value)
         return moved
@@ -246,6 +249,8 @@ class Mask:
         return mask
 
 
+# Further than any query is from any key.
+_FAR = 2**30
 _RANGES = {
     "key_start": jnp.maximum,
     "key_stop": jnp.minimum,

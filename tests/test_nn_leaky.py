@@ -121,8 +121,8 @@ def test_rate_zero_sums_everything():
 def test_averages_go_on_from_device_to_device(packed, normalised):
     """Time over eight devices, documents of many parts and within one; values and gradients."""
     rng = np.random.default_rng(0)
-    z = jnp.asarray(rng.normal(size=(2, 64, 3, 4)), jnp.float32)
-    documents = jnp.asarray(np.sort(rng.integers(0, 4, (2, 64)))) if packed else None
+    z = jnp.asarray(rng.normal(size=(2, 61, 3, 4)), jnp.float32)
+    documents = jnp.asarray(np.sort(rng.integers(0, 4, (2, 61)))) if packed else None
     mesh = jax.make_mesh((8,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
     layout = kreg.sharding.Layout(sequence="sequence")
 
@@ -139,4 +139,5 @@ def test_averages_go_on_from_device_to_device(packed, normalised):
     with jax.set_mesh(mesh):
         found = both(layout)
     want = both(None)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-5), found, want)
+    # Gradients of the rates are sums of hundreds of terms of both signs.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-5, rtol=5e-5), found, want)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from killing import lines, start
+from killing import lines, signal_when, start
 
 from experiments.in_context.config import Model
 from experiments.in_context.task import make_model
@@ -93,10 +93,13 @@ def test_killed_twenty_times_it_ends_as_if_nobody_had(undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_other_processes_go_on(undisturbed, tmp_path):
-    """Killed while two processes had two devices each; then one has four, then four have one."""
+    """Killed where two have two devices each, stopped where one has four; then four end it."""
+    planned = 2 * lines(log(undisturbed)) // 3
     kill(train(tmp_path), tmp_path, lines(log(undisturbed)) // 3, True, random.Random(0))
     process = train(tmp_path, "1 of 4")
-    kill(process, tmp_path, 2 * lines(log(undisturbed)) // 3, False, random.Random(1))
+    signal_when(process, signal.SIGTERM, lambda: lines(log(tmp_path)) >= planned)
+    finish(process)
+    assert not (log(tmp_path).parent / "result.json").exists()
     finish(train(tmp_path, "4 of 1"))
     np.testing.assert_allclose(losses(tmp_path), losses(undisturbed), rtol=1e-5)
 

@@ -4,6 +4,7 @@ import jax
 import pytest
 from flax import nnx
 
+import kreg
 from experiments.scaling.__main__ import main
 from experiments.scaling.check import check
 from experiments.scaling.collectives import Message, messages, sent
@@ -59,9 +60,9 @@ def test_break_even_is_where_both_forms_send_alike():
 
     class Problem:
         query, key = Shape(1, 440_000, 8, 64), Shape(1, 1_000_000, 8, 64)
-        value, dtype = key, jax.numpy.dtype("float32")
+        value, dtype, mask = key, jax.numpy.dtype("float32"), kreg.Mask()
 
-    found = Traffic.of(Problem, 8)
+    found = Traffic.of(Problem, {"b": 1, "n": 1, "k": 1, "s": 8})
     assert found.keys / found.gather == pytest.approx(0.44 / break_even(), rel=1e-6)
 
 

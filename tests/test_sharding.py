@@ -240,6 +240,7 @@ def compiled(form: str, devices: int, shape: Shape, gradients: bool = True, **op
     return messages(run.lower(q, k, v, g).compile().as_text())
 
 
+SPLIT_KEYS = {"b": 1, "n": 1, "k": 1, "s": 8}
 FEW = Shape(B=1, T=16, S=1024, N=4, K=4, H=64, V=64)
 
 
@@ -258,7 +259,7 @@ def test_keys_that_stay_do_not_move():
 def test_what_is_sent_is_what_the_rule_says(form):
     shape = FEW if form == "keys" else Shape(B=1, T=256, S=256, N=2, K=2, H=64, V=64)
     found = compiled(form, 8, shape)
-    traffic = Traffic.of(canonical(*(jnp.zeros(s) for s in sizes(shape))), 8)
+    traffic = Traffic.of(canonical(*(jnp.zeros(s) for s in sizes(shape))), SPLIT_KEYS)
     assert sent(found, trips=ROUNDS) == pytest.approx(getattr(traffic, form), rel=0.1)
 
 
@@ -284,6 +285,42 @@ def test_errors(options, message):
         kreg.sharding.attention(x, x, x, mesh=mesh(sequence=2), **options)
     with pytest.raises(ValueError, match=r"set one with jax\.set_mesh"):
         kreg.sharding.attention(x, x, x, sequence="sequence")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_limit_stays_none(form):
+    """The greatest integer as a window's side, or as an offset, moved to where a part begins."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 2, 4)), jnp.float32)
+    far = 2**31 - 1
+    for options in (
+        {"local_window_size": (3, far)},
+        {"local_window_size": (far, 0)},
+        {"is_causal": True, "causal_offset": far},
+    ):
+        found = split(form, 4)(x, x, x, **options)
+        assert found.shape == x.shape
+        same(found, kreg.attention(x, x, x, **options))
+
+
+def test_gradients_where_jax_keeps_no_book(monkeypatch):
+    """As it is with kernels, whatever is run in the end."""
+    monkeypatch.setattr("kreg.implementations.may_run_kernels", lambda *_: True)
+    arrays = draw(Shape(T=24, S=64), seed=2)
+    same(both(kreg.attention, arrays), both(split("keys", 4), arrays))
+
+
+def test_dropout_draws_for_shared_keys_as_on_one_device():
+    """Time that the devices do not divide, and a batch of one, which is not split."""
+    rng = np.random.default_rng(0)
+    key, value = (jnp.asarray(rng.normal(size=(5, 2, 4)), jnp.float32) for _ in range(2))
+    options = {"dropout_rate": 0.4, "dropout_key": jax.random.key(1), "kernel": kreg.gaussian}
+    layout = kreg.sharding.Layout(batch="data", sequence="sequence")
+    for batch in (1, 4):
+        query = jnp.asarray(rng.normal(size=(batch, 7, 2, 4)), jnp.float32)
+        flat = query.reshape(1, -1, 2, 4)
+        want = kreg.attention(flat, key[None], value[None], **options).reshape(query.shape)
+        with jax.set_mesh(mesh(data=2, sequence=4)):
+            same(kreg.sharding.to_shared_keys(query, key, value, layout, **options), want)
 
 
 def test_inside_of_a_map_only_what_is_not_mapped_is_split():

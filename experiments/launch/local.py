@@ -1,6 +1,6 @@
 """Start a command as several processes of one program, all on this machine.
 
-    python -m experiments.launch.local --processes 2 python -m experiments reproduce icl
+    python -m experiments.launch.local python -m experiments reproduce icl --devices data=2
 
 They find each other by the variables that `kreg.training.processes` reads. When one fails, the
 others are killed if they do not end by themselves; SIGTERM and SIGINT go to all of them. Every

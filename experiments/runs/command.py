@@ -29,7 +29,16 @@ def command(experiment: Experiment, arguments: Sequence[str]) -> int:
         config = parse(experiment, arguments)
     except ValueError as error:
         return explain(error)
-    return reproduce(experiment, config)
+    return as_exit(reproduce(experiment, config))
+
+
+# What `reproduce` returns where SIGTERM stopped it: nothing is to follow.
+TERMINATED = 143
+
+
+def as_exit(status: int) -> int:
+    """The status of a command: who asks for an end by SIGTERM gets what was asked for."""
+    return 0 if status == TERMINATED else status
 
 
 def reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
@@ -37,7 +46,12 @@ def reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
     try:
         with joined() as processes:
             if processes.count > 1 and not getattr(config, "devices", ""):
-                say(f"error: --devices: expected one that splits {processes.count} processes' runs")
+                can = (
+                    "expected one that splits the run"
+                    if hasattr(config, "devices")
+                    else (f"{experiment.name} has none, and runs as one process")
+                )
+                say(f"error: --devices: {can}, with {processes.count} processes")
                 return 2
             return _reproduce(experiment, config)
     except KeyboardInterrupt:
@@ -64,12 +78,14 @@ def _reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
     except (ValueError, OSError) as error:
         return explain(error)
     try:
-        stopped_by = sweep(experiment, config, say)
+        stopped_by = sweep(experiment, config, say if is_first() else lambda line: None)
     # Other errors in here are ours, and deserve their traceback.
     except (CheckpointError, DataError, OSError) as error:
+        if joined().count > 1:
+            # The others may wait for this process: it has to end as one that failed.
+            raise
         return explain(error)
-    # Who asks for an end by SIGTERM gets what was asked for.
-    status = 0 if stopped_by in (None, "SIGTERM") else 3
+    status = {None: 0, "SIGTERM": TERMINATED}.get(stopped_by, 3)
     if not is_first():
         return status
     write_table(experiment, config.folder)

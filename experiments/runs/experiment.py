@@ -129,15 +129,22 @@ def check_runs(config: Config) -> None:
 
 
 def check_devices(config: Config) -> None:
-    """Raise ValueError for devices that are none, or that several runs in one program have."""
-    devices = getattr(config, "devices", "")
-    if devices and not re.fullmatch(
-        r"(data|fsdp|sequence)=[1-9]\d*(,(data|fsdp|sequence)=[1-9]\d*)*", devices
-    ):
+    """Raise ValueError for devices that are none, or over which a batch cannot be split."""
+    text, counts = getattr(config, "devices", ""), {}
+    for part in filter(None, text.split(",")):
+        axis, _, count = part.partition("=")
+        if axis not in ("data", "fsdp", "sequence") or axis in counts or not count.isdigit():
+            raise ValueError(
+                f"--devices: expected data, fsdp or sequence, each once with =COUNT, got {part!r}"
+            )
+        counts[axis] = int(count)
+    rows, size = counts.get("data", 1) * counts.get("fsdp", 1), config.training.batch_size
+    if size % max(rows, 1) or 0 in counts.values():
         raise ValueError(
-            f"--devices: expected data, fsdp or sequence, each with =COUNT, got {devices!r}"
+            f"--devices: expected counts from 1, data times fsdp dividing the batch size {size}, "
+            f"got {text!r}"
         )
-    if devices and config.together not in ("auto", "1"):
+    if text and config.together not in ("auto", "1"):
         raise ValueError(f"--together: expected 1 with --devices, got {config.together}")
 
 

@@ -102,7 +102,9 @@ def _from_earlier_chunks(
         return kept + end, total
 
     ends_first = jnp.moveaxis(last, 1, 0)
-    _, inherited = jax.lax.scan(carry_on, ends_first[0] * 0, (ends_first, going_on))
+    # Zeros that differ from device to device as the ends do, for JAX's book of that.
+    nothing = jnp.where(ends_first[0] > 0, 0, 0).astype(last.dtype)
+    _, inherited = jax.lax.scan(carry_on, nothing, (ends_first, going_on))
     steps = jnp.arange(1, chunk + 1)
     # Not by arrays made alike first: gradients would keep those.
     fading = jnp.exp(-rate[None, :] * steps[:, None])
@@ -123,11 +125,15 @@ def split_decayed_sum(
     every sequence. What a part inherits is a sum over the parts before it.
     """
     places = Places.of(None, layout._replace(heads=None))
+    places.check({"b": x.shape[0]})
+    length = x.shape[1]
+    after = ((0, 0), (0, -length % places.size("t")))
+    x = jnp.pad(x, (*after, (0, 0), (0, 0)))
     specs = [places.spec(x.shape, "bt.."), jax.sharding.PartitionSpec()]
     arguments = [x, rate]
     if documents is not None:
         specs.append(places.spec(documents.shape, "bt"))
-        arguments.append(documents)
+        arguments.append(jnp.pad(documents, after, mode="edge"))
     axis = places.sequence
 
     def body(x, rate, documents=None):
@@ -136,7 +142,8 @@ def split_decayed_sum(
             total = total + _from_earlier_parts(total, rate.astype(total.dtype), documents, axis)
         return total.astype(x.dtype)
 
-    return places.run(body, tuple(specs), specs[0], tuple(arguments), checks=True)
+    total = places.run(body, tuple(specs), specs[0], tuple(arguments), checks=True)
+    return total[:, :length]
 
 
 def _from_earlier_parts(
@@ -195,7 +202,7 @@ class LeakyAverage(nnx.Module):
 
     `normalised` divides by the weights' sum, sum lambda^{t-i} z_i / sum lambda^{t-i}, instead of
     multiplying by 1 - lambda; `bare` does neither. They differ by a positive factor, which unit
-    keys do not see.
+    keys do not see. With a `layout` time is split over the mesh of `jax.set_mesh`.
     The parameters p start evenly spaced from 0.05 to 0.5.
 
     Examples:

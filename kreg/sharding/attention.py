@@ -88,7 +88,7 @@ def attention(
     implementations.check(implementation)
     places = Places.of(mesh, Layout(batch, heads, sequence))
     problem = canonical(query, key, value, bias, mask, return_stats=return_stats, **given)
-    places.check(problem)
+    places.check(problem.sizes)
     form, _ = _choose(problem, places, form)
     run = (_KeysStay if form == "keys" else _Gathered)(places, implementation)
     queries = problem.sizes["t"]
@@ -97,13 +97,15 @@ def attention(
     of_stats: Any = (outs,) * 3
     found = outs, Stats(*of_stats) if return_stats else None
     # Kernels do not say what of their results differs from device to device.
-    here = dataclasses.replace(problem, split=Split(sequence if form == "keys" else None))
-    checks = form == "keys" and not implementations.runs_kernels(here, implementation)
+    kinds = implementations.device_kind(), places.device_kind
+    checks = form == "keys" and not implementations.may_run_kernels(implementation, *kinds)
     out, stats = places.run(run, (run.specs(problem),), found, (problem,), checks)
     if problem.sizes["t"] > queries:
         # Along explicit axes only what is whole can be cut.
         whole = PartitionSpec(*places.spec(problem.query.shape, "btn.", "bn")[:3])
         out, stats = jax.tree.map(lambda x: places.placed(x, whole)[:, :queries], (out, stats))
+    if query.ndim == 3:
+        out, stats = out[0], jax.tree.map(lambda x: x[0], stats)
     return out if stats is None else (out, lax.stop_gradient(stats))
 
 
@@ -117,7 +119,7 @@ def explain(
     implementation: str | None = None,
     **options: Any,
 ) -> str:
-    """Says which form `attention` takes for the same arguments, and why.
+    """Says which form `attention` takes for the same arguments, and why; on any implementation.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -224,7 +226,7 @@ def _choose(problem: Problem, places: Places, form: Form | None) -> tuple[Form, 
         if form == "keys":
             raise ValueError('sequence: expected an axis of the mesh with form="keys", got None')
         return "gather", "no sequence is split"
-    traffic = Traffic.of(problem, places.size("s"))
+    traffic = Traffic.of(problem, {letter: places.size(letter) for letter in "bnks"})
     sent = {"gather": traffic.gather / 1e6, "keys": traffic.keys / 1e6}
     taken: Form = form or ("gather" if traffic.gather <= traffic.keys else "keys")
     (other,) = sent.keys() - {taken}

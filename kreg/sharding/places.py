@@ -7,8 +7,6 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array
 
-from kreg.problem import Problem
-
 type Axes = str | tuple[str, ...] | None
 
 
@@ -66,6 +64,14 @@ class Places(NamedTuple):
         return {name for name, kind in kinds if kind != manual}
 
     @property
+    def device_kind(self) -> str:
+        """What the mesh's devices are called; "" where it does not say."""
+        if isinstance(self.mesh, Mesh):
+            return self.mesh.devices.flat[0].device_kind
+        device = self.mesh.abstract_device
+        return "" if device is None else device.device_kind
+
+    @property
     def sequence(self) -> str | None:
         return self.axes["s"][0] if self.axes["s"] else None
 
@@ -76,11 +82,11 @@ class Places(NamedTuple):
             size *= self.mesh.shape[axis]
         return size
 
-    def check(self, problem: Problem) -> None:
-        """Raises ValueError where batch or heads cannot be split evenly."""
+    def check(self, sizes: dict[str, int]) -> None:
+        """Raises ValueError where batch or heads, of these sizes, cannot be split evenly."""
         for letter, name in (("b", "batch"), ("n", "heads"), ("k", "heads")):
-            length, size = problem.sizes[letter], self.size(letter)
-            if length % size and not (letter == "k" and length == 1):
+            length, size = sizes.get(letter, 1), self.size(letter)
+            if length % size and length > 1:
                 raise ValueError(
                     f"{name}: expected axes whose size divides the {length} of the arrays, got "
                     f"{self.axes[letter]} of size {size}"

@@ -48,11 +48,14 @@ def to_shared_keys(
     implementation = given.pop("implementation", None)
     implementations.check(implementation)
     places = Places.of(None, layout._replace(heads=None))
-    length = query.shape[1]
+    places.check({"b": query.shape[0]})
+    whole_batch, length = query.shape[:2]
+    query = jnp.pad(query, ((0, 0), (0, -length % places.size("t")), (0, 0), (0, 0)))
 
     def body(query, key, value, arrays):
         batch, steps = query.shape[:2]
-        entries, times = _numbers(places, "b", batch), _numbers(places, "t", steps)
+        entries = _numbers(places, "b", batch, whole_batch)
+        times = _numbers(places, "t", steps, length)
         rows = (entries[:, None] * length + times[None]).reshape(-1)
         flat = query.reshape(1, -1, *query.shape[2:])
         problem = canonical(flat, key[None], value[None], return_stats=False, **given, **arrays)
@@ -63,11 +66,13 @@ def to_shared_keys(
     whole = PartitionSpec()
     arrays = {name: given.pop(name) for name in ("bandwidth", "dropout_key") if name in given}
     specs = split, whole, whole, jax.tree.map(lambda _: whole, arrays)
-    return places.run(body, specs, split, (query, key, value, arrays), checks=False)
+    return places.run(body, specs, split, (query, key, value, arrays), checks=False)[:, :length]
 
 
-def _numbers(places: Places, letter: str, size: int) -> Array:
-    """Numbers of a device's part of an axis in the whole of it."""
+def _numbers(places: Places, letter: str, size: int, whole: int) -> Array:
+    """Numbers of a device's part of an axis in the whole of it; an axis of size 1 is not split."""
+    if whole == 1:
+        return jnp.arange(size)
     part = jnp.zeros((), jnp.int32)
     for axis in places.axes[letter]:
         part = part * lax.axis_size(axis) + lax.axis_index(axis)

@@ -70,21 +70,29 @@ def write_checkpoint(path: Path, state: TrainState, meta: Meta) -> None:
     parts = {name: _flatten(jax.tree.map(_raw, tree)) for name, tree in _parts(state).items()}
     described = {name: {k: _describe(v) for k, v in part.items()} for name, part in parts.items()}
     text = json.dumps(asdict(meta) | {"arrays": described}, indent=1)
-    try:
+    with _naming(path, unfinished):
         if is_first():
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-        wait_for_all(f"the folder of {path.name}")
-        with _quiet():
-            ocp.save_checkpointables(str((unfinished / _ARRAYS).absolute()), parts)
-        wait_for_all(f"the arrays of {path.name}")
+    wait_for_all(f"the folder of {path.name}")
+    with _naming(path, unfinished), _quiet():
+        ocp.save_checkpointables(str((unfinished / _ARRAYS).absolute()), parts)
+    wait_for_all(f"the arrays of {path.name}")
+    with _naming(path, unfinished):
         if is_first():
             (unfinished / _META).write_text(text)
             (unfinished / _SUMS).write_text(
                 "".join(f"{digest}  {name}\n" for name, digest in _digests(unfinished).items())
             )
             unfinished.rename(path)
-        wait_for_all(f"all of {path.name}")
+    wait_for_all(f"all of {path.name}")
+
+
+@contextmanager
+def _naming(path: Path, unfinished: Path) -> Iterator[None]:
+    """Remove what is unfinished after an error, and make it one that names the checkpoint."""
+    try:
+        yield
     # Orbax reports a full disk as ValueError, OSError or an error of its own, by the file it hit.
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)

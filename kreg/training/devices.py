@@ -46,7 +46,7 @@ class Devices:
         (1, 1)
         >>> training.Devices.of("data=2,model=4")
         Traceback (most recent call last):
-        ValueError: devices: expected data, fsdp or sequence, each with =COUNT, got 'model=4'
+        ValueError: devices: expected data, fsdp or sequence, each once with =COUNT, got 'model=4'
     """
 
     data: int = 1
@@ -66,9 +66,9 @@ class Devices:
         counts: dict[str, Any] = {}
         for part in filter(None, text.split(",")):
             axis, _, count = part.partition("=")
-            if axis not in AXES or not count.isdigit():
+            if axis not in AXES or axis in counts or not count.isdigit():
                 raise ValueError(
-                    f"devices: expected data, fsdp or sequence, each with =COUNT, got {part!r}"
+                    f"devices: expected data, fsdp or sequence, each once with =COUNT, got {part!r}"
                 )
             counts[axis] = int(count)
         return cls(**counts)
@@ -132,6 +132,8 @@ class Devices:
 
         def constrained(state, batch):
             state, metrics = step(state, batch)
+            whole = NamedSharding(self.mesh, PartitionSpec())
+            metrics = jax.lax.with_sharding_constraint(metrics, whole)
             return jax.lax.with_sharding_constraint(state, self.shardings(state)), metrics
 
         def typed(state, batch):

@@ -51,8 +51,8 @@ class Processes:
 
     Examples:
         >>> with Processes() as processes:
-        ...     print(processes, processes.is_first)
-        process 0 of 1, 1 of 1 devices True
+        ...     print(processes.index, processes.count, processes.is_first)
+        0 1 True
     """
 
     _watch: subprocess.Popen | None = None
