@@ -136,9 +136,8 @@ def over_eight(form: str) -> tpus.Program:
     parts, whole = (NamedSharding(mesh, spec) for spec in (P(None, "sequence"), P()))
     of_queries = parts if form == "gather" else whole
     attend = functools.partial(
-        kreg.sharding.attention, sequence="sequence", form=form, is_causal=True,
-        implementation="mosaic_tpu",
-    )  # fmt: skip
+        kreg.sharding.attention, sequence="sequence", form=form, is_causal=True
+    )
 
     def both(query, key, value, cotangent):
         out, pull = jax.vjp(attend, query, key, value)
