@@ -125,6 +125,7 @@ def test_folders_tell_what_departs_from_a_preset():
     assert parse(words).folder.as_posix() == "runs/language/small-animals-transformer"
 
 
+@pytest.mark.slow
 def test_a_file_is_known_by_its_contents(tmp_path, finished, documents, capsys):
     moved = shutil.copy(documents, tmp_path / "moved.txt")
     there = read_experiment(finished).experiment
@@ -251,6 +252,7 @@ def test_narrow_matrices_give_nearly_the_same_loss(documents, tmp_path):
 # Runs
 
 
+@pytest.mark.slow
 def test_a_run_end_to_end(finished, documents):
     found = read_experiment(finished, EXPERIMENT.scores)
     assert [(run.method, run.seed) for run in found.runs] == [
@@ -274,6 +276,7 @@ def test_a_run_end_to_end(finished, documents):
     assert found.runs[0].result["loss"] != found.runs[1].result["loss"]
 
 
+@pytest.mark.slow
 def test_the_n_grams_read_the_same_tokens(finished, documents):
     source = parse(command(finished, documents)).dataset()
     opened = corpus.tokens(documents.parent / "t", source, "bytes")
@@ -308,6 +311,7 @@ def _broken_after(count):
     return lambda config, data, seed: Broken(whole(config, data, seed))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(finished, documents, tmp_path, monkeypatch):
     out, again = tmp_path / "out", command(tmp_path / "out", documents)
     config = parse(again)
@@ -323,6 +327,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(finished, documents, tmp_pa
         assert without_clock(result(out, name)) == without_clock(result(finished, name))
 
 
+@pytest.mark.slow
 def test_table_and_figure_come_from_the_folder(finished, documents, capsys):
     pytest.importorskip("matplotlib")
     for name in ("table.md", "figure.png", "figure.pdf"):

@@ -230,6 +230,7 @@ def test_a_fixed_threshold_is_of_cosines_without_biases(name, alibi, cosine):
 # Runs
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_at_every_length(finished):
     found = result(finished)
     assert list(found["lengths"]) == ["4", "6", "8"] and found["steps"] == 8
@@ -267,6 +268,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(finished, tmp_path, monkeypatc
     assert result(tmp_path)["lengths"] == result(finished)["lengths"]
 
 
+@pytest.mark.slow
 def test_table_and_figure_come_from_the_folder(finished, tmp_path, capsys):
     copy = shutil.copytree(finished, tmp_path / "copy")
     for name in ("table.md", "figure.png", "figure.pdf"):
@@ -290,6 +292,7 @@ def test_table_and_figure_come_from_the_folder(finished, tmp_path, capsys):
     assert (copy / "figure.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_seeds_have_a_spread_and_unfinished_runs_a_name(finished, tmp_path):
     copy = shutil.copytree(finished, tmp_path / "copy")
     other = shutil.copytree(copy / "softmax" / "seed0", copy / "softmax" / "seed1")

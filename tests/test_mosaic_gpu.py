@@ -218,6 +218,7 @@ def on(device: str):
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=kind))
 
 
+@pytest.mark.slow
 def test_several_runs_side_by_side_are_each_alone():
     """vmap over all arguments, the dropout's key too, as several seeds in one program need it."""
     rng = np.random.default_rng(0)

@@ -75,7 +75,7 @@ NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        pytest.param(*case, marks=[] if case in OFTEN else NIGHTLY)
+        pytest.param(*case, marks=NIGHTLY[:1] if case in OFTEN else NIGHTLY)
         for case in itertools.product(WIDE, SPLIT)
     ],
 )
@@ -170,7 +170,8 @@ def test_two_runs_agree_and_rows_do_not_depend_on_others():
 
 
 @pytest.mark.parametrize(
-    "bandwidth", [kreg.Adaptive(), pytest.param(kreg.Anchored(), marks=pytest.mark.slow)]
+    "bandwidth",
+    [pytest.param(rule, marks=pytest.mark.slow) for rule in (kreg.Adaptive(), kreg.Anchored())],
 )
 def test_several_runs_side_by_side_drop_what_each_drops_alone(bandwidth):
     """vmap over all arguments, the dropout's key too; the reference draws the same."""
