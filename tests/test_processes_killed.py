@@ -92,15 +92,22 @@ def test_killed_twenty_times_it_ends_as_if_nobody_had(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_processes_go_on(undisturbed, tmp_path):
-    """Killed where two have two devices each, stopped where one has four; then four end it."""
-    planned = 2 * lines(log(undisturbed)) // 3
-    kill(train(tmp_path), tmp_path, lines(log(undisturbed)) // 3, True, random.Random(0))
-    process = train(tmp_path, "1 of 4")
-    signal_when(process, signal.SIGTERM, lambda: lines(log(tmp_path)) >= planned)
-    finish(process)
-    assert not (log(tmp_path).parent / "result.json").exists()
-    finish(train(tmp_path, "4 of 1"))
+@pytest.mark.parametrize(
+    "splits",
+    [("2 of 2", "4 of 1"), pytest.param(("4 of 1", "1 of 4", "2 of 2"), marks=pytest.mark.nightly)],
+)
+def test_other_processes_go_on(splits, undisturbed, tmp_path):
+    """All but the last are asked to stop, save, and end with status 0."""
+    *stopped, last = splits
+    for number, split in enumerate(stopped, 1):
+        planned = number * lines(log(undisturbed)) // len(splits)
+        process = train(tmp_path, split)
+        signal_when(
+            process, signal.SIGTERM, lambda planned=planned: lines(log(tmp_path)) >= planned
+        )
+        finish(process)
+        assert not (log(tmp_path).parent / "result.json").exists()
+    finish(train(tmp_path, last))
     np.testing.assert_allclose(losses(tmp_path), losses(undisturbed), rtol=1e-5)
 
 
