@@ -20,12 +20,12 @@ CONFIG = nn.MosaicConfig(VOCABULARY, 1, 2, 32, 40, attention_dropout=0.1, hidden
 
 ONE = Devices()
 OFTEN = (Devices(2, 2, 2),)
+COUNTS = [c for c in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(c) in (4, 8)]
 ALL = [
-    pytest.param(Devices(*counts), marks=() if Devices(*counts) in OFTEN else pytest.mark.nightly)
-    for counts in itertools.product((1, 2, 4, 8), repeat=3)
-    if np.prod(counts) in (4, 8)
+    pytest.param(devices, marks=() if devices in OFTEN else pytest.mark.nightly)
+    for explicit in (False, True)
+    for devices in (Devices(*counts, explicit=explicit) for counts in COUNTS)
 ]
-ALL += [pytest.param(Devices(2, 2, 2, explicit=True), marks=pytest.mark.nightly)]
 
 
 @functools.cache
