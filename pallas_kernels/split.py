@@ -2,8 +2,8 @@ r"""Kernels where keys are split over a mesh: thresholds of all keys, averages o
 
 Each device finds the thresholds of its own keys. The greatest of them is a lower bound of that over
 all, since the root over any part of a row is. From there Newton's method on the norm walks up: a
-round is one pass over the keys above the bound, and a sum of two numbers a row over the mesh. Its
-pass is the average at that threshold, too, so that the last round is the result.
+round is one pass over the scores here, averaging those above the bound, and a sum of two numbers a
+row over the mesh. So the last round is the result.
 """
 
 import dataclasses

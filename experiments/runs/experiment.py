@@ -130,6 +130,7 @@ def check_runs(config: Config) -> None:
 
 def check_devices(config: Config) -> None:
     """Raise ValueError for devices that are none, or over which a batch cannot be split."""
+    # As `kreg.training.Devices.of` reads it, which takes seconds to import.
     text, counts = getattr(config, "devices", ""), {}
     for part in filter(None, text.split(",")):
         axis, _, count = part.partition("=")
