@@ -1,15 +1,16 @@
 r"""A small Memory Mosaic trained over devices, of this process or of several, for tests.
 
-As a command it is one of several processes, and tells what it found:
+As a command it is one of several processes, and writes what it found into a folder:
 
     python -m experiments.launch.local --processes 2 --devices-per-process 2 \
-        python tests/split_training.py 2 DATA,FSDP,SEQUENCE METHODS [float64]
+        python tests/split_training.py FOLDER 2 DATA,FSDP,SEQUENCE METHODS [float64]
 """
 
 import functools
 import json
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -120,7 +121,7 @@ def gradients(devices: Devices, method: str) -> np.ndarray:
 
 
 def main() -> None:
-    count, split, methods, *wide = sys.argv[1:]
+    folder, count, split, methods, *wide = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", int(count))
     with start(timeout=30, patience=200) as processes:
         devices = Devices(*map(int, split.split(",")))
@@ -130,8 +131,7 @@ def main() -> None:
                 told[dtype] = losses(devices, 50, dtype)
         for method in filter(None, methods.split(",")):
             told[method] = gradients(devices, method).tolist()
-        # Gloo writes to the same place, and not always whole lines.
-        print("\n" + json.dumps(told | {"index": processes.index}))
+        (Path(folder) / f"{processes.index}.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

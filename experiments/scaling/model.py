@@ -16,6 +16,11 @@ twice, since the backward pass forms features again. Gradients are summed over a
 the embedding twice, once of the lookup, once of the logits (XLA sums, then cuts; where it scatters
 the sum, that is half of it). With a split sequence each layer gathers keys and values, and
 scatters their gradients; exchanges early and late queries; and gathers the ends of two averages.
+
+What is kept on a device while a step runs, beside the state: 13.5 numbers of every layer for each of
+its positions and channels, and 6 more of the layer that is worked on; its features, 2.5 numbers a
+learned pair; and logits with their gradient, 4 numbers a token of the vocabulary. These five numbers
+are read off compiled programs of more than four layers, which are looped over.
 """
 
 from typing import NamedTuple
@@ -92,6 +97,13 @@ def sent(sizes: Sizes, split: Split, *, number: int = 4, narrow: int = 2) -> Byt
 def state_bytes(sizes: Sizes, split: Split, number: int = 4) -> float:
     """Parameters, their gradients and AdamW's two moments on one device."""
     return 4 * number * sizes.parameters / split.fsdp
+
+
+def activation_bytes(sizes: Sizes, split: Split) -> float:
+    """What a step keeps on one device beside its state, in float32, without dropout."""
+    positions = sizes.rows * sizes.length / split.devices
+    channels = sizes.width * (13.5 * sizes.layers + 6)
+    return 4 * positions * (channels + 2.5 * sizes.slots + 4 * sizes.vocabulary)
 
 
 class Prediction(NamedTuple):
