@@ -17,10 +17,9 @@ the embedding twice, once of the lookup, once of the logits (XLA sums, then cuts
 the sum, that is half of it). With a split sequence each layer gathers keys and values, and
 scatters their gradients; exchanges early and late queries; and gathers the ends of two averages.
 
-What is kept on a device while a step runs, beside the state: 13.5 numbers of every layer for each of
-its positions and channels, and 6 more of the layer that is worked on; its features, 2.5 numbers a
-learned pair; and logits with their gradient, 4 numbers a token of the vocabulary. These five numbers
-are read off compiled programs of more than four layers, which are looped over.
+What a step keeps on a device beside the state: 13 numbers of every layer for each of its positions
+and channels, and 17 more of the layer that is worked on; 2.4 a learned pair; and two a token of the
+vocabulary, logits and their gradient. These numbers are read off programs for H200.
 """
 
 from typing import NamedTuple
@@ -100,10 +99,10 @@ def state_bytes(sizes: Sizes, split: Split, number: int = 4) -> float:
 
 
 def activation_bytes(sizes: Sizes, split: Split) -> float:
-    """What a step keeps on one device beside its state, in float32, without dropout."""
+    """What a step keeps on one device beside its state, in float32 and without dropout."""
     positions = sizes.rows * sizes.length / split.devices
-    channels = sizes.width * (13.5 * sizes.layers + 6)
-    return 4 * positions * (channels + 2.5 * sizes.slots + 4 * sizes.vocabulary)
+    channels = sizes.width * (13 * sizes.layers + 17)
+    return 4 * positions * (channels + 2.4 * sizes.slots + 2 * sizes.vocabulary)
 
 
 class Prediction(NamedTuple):
