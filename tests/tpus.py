@@ -76,12 +76,22 @@ class Kernel:
 class Program:
     """A compiled function, its kernels in the order of their names; of two that are equal one.
 
+    argument_bytes, output_bytes, temporary_bytes: on one device; reused_bytes: of arguments that
+        are given up for outputs.
     collectives: how often devices talk to each other, by kind, as it is written.
     """
 
+    argument_bytes: int
+    output_bytes: int
+    reused_bytes: int
     temporary_bytes: int
     kernels: list[Kernel]
     collectives: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """What the device holds while it runs."""
+        return self.argument_bytes + self.output_bytes - self.reused_bytes + self.temporary_bytes
 
 
 def meant_for(generation: str) -> contextlib.AbstractContextManager:
@@ -115,13 +125,19 @@ def compiled(function: Callable, *shapes: Any, generation: str = "v5e") -> Progr
     for file in _told().iterdir():
         file.unlink()
     where = use_abstract_mesh(*(m.abstract_mesh for m in meshes)) if meshes else None
+    # What is compiled already says itself which arguments it gives up.
+    function = function if hasattr(function, "lower") else jax.jit(function)
     with where or meant_for(generation):
-        executable = jax.jit(function).lower(*jax.tree.map(placed, shapes)).compile()
+        executable = function.lower(*jax.tree.map(placed, shapes)).compile()
     text = executable.as_text()
     names = re.findall(r'%(\S+) = .*custom_call_target="tpu_custom_call"', text)
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    memory = executable.memory_analysis()
     return Program(
-        executable.memory_analysis().temp_size_in_bytes,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
         [_kernel(name) for name in sorted(names) if _files(name, USE)],
         collections.Counter(re.findall(rf"\b({kinds})(?:-start)?\(", text)),
     )
