@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tpu_steps import HOLDS, STEPS, step
+from tpu_steps import HOLDS, STEPS, compiled
 
 import kreg
 from experiments.scaling.check import check
@@ -68,13 +68,40 @@ def test_kernels_are_no_larger_than_the_table_says(generation, width):
     assert found.temporary_bytes <= 10 * 2 * 2048 * width
 
 
+WIDEST = {"width": 256, "dtype": jnp.float32}
+
+
 @pytest.mark.parametrize(
-    "generation", ["v4", "v6e", *(pytest.param(x, marks=LONGER) for x in ("v5e", "v5p", "v7x"))]
+    ("generation", "options"),
+    [
+        pytest.param(x, y, marks=LONGER if x not in ("v4", "v6e") or y is WIDEST else [])
+        for x, y in itertools.product(tpus.GENERATIONS, ({"width": 64}, WIDEST))
+    ],
+    ids=str,
 )
-def test_the_most_scores_that_are_kept_fit(generation):
+def test_the_most_scores_that_are_kept_fit(generation, options):
     given = sizes_of(tpus.GENERATIONS[generation].device_kind)
     length = given.scores // (4 * given.block)
-    assert names(attend(generation, width=64, length=length)) == KERNELS
+    assert names(attend(generation, length=length, **options)) == KERNELS
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", tpus.GENERATIONS)
+@pytest.mark.parametrize(
+    ("most", "more", "why"),
+    [
+        ({"length": 2**20, "keys": 512, "heads": 19}, {"heads": 20}, "lists of tiles"),
+        ({"length": 512, "keys": 2**24, "heads": 1}, {"keys": 2**24 + 1}, "16,777,216 keys"),
+    ],
+    ids=["heads at a million queries", "keys"],
+)
+def test_the_longest_lists_that_are_taken_fit_into_scalar_memory(generation, most, more, why):
+    """The kernel of keys has lists of blocks of queries, those of queries lists of tiles."""
+    options = {"width": 16, "is_causal": False} | most
+    assert names(attend(generation, **options)) == KERNELS
+    with pytest.raises(NotImplementedError, match=why):
+        attend(generation, **options | more)
 
 
 @pytest.mark.parametrize("length", [8192, pytest.param(131072, marks=LONGER)])
@@ -182,7 +209,7 @@ def test_a_train_step_is_split_over_eight_chips(split):
 @pytest.mark.parametrize("name", STEPS)
 def test_train_steps_of_mosaics_compile_with_the_kernels(generation, name):
     """Kernels for the contextual memories, dropout and all; the persistent ones are a softmax."""
-    found = step(name, generation)
+    found = compiled(name, generation)
     assert sorted(set(names(found))) == KERNELS
     # The state is given up for the next one: it is there once.
     assert found.reused_bytes >= 0.99 * found.output_bytes
