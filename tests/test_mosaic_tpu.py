@@ -145,24 +145,20 @@ def test_kernels_keep_the_contract_under_every_mask(name, parts):
 
 
 # Whether h differs by batch entry, head and query.
-OF_HEADS, OF_QUERIES, OF_ALL = (0, 1, 0), (0, 0, 1), (1, 1, 1)
+BANDWIDTHS = {"heads": (0, 1, 0), "queries": (0, 0, 1), "all": (1, 1, 1)}
 
 
 @pytest.mark.parametrize(
-    ("name", "varies"),
+    ("name", "of"),
     [
-        pytest.param(*case, marks=NIGHTLY[:1] if case == ("causal", OF_HEADS) else NIGHTLY)
-        for case in itertools.product(
-            ("causal", "many keys", "anchored", "fixed"), (OF_HEADS, OF_QUERIES, OF_ALL)
-        )
+        pytest.param(*case, marks=NIGHTLY[:1] if case == ("causal", "heads") else NIGHTLY)
+        for case in itertools.product(("causal", "many keys", "anchored", "fixed"), BANDWIDTHS)
     ],
 )
-def test_bandwidths_of_heads_and_queries(name, varies):
+def test_bandwidths_of_heads_and_queries(name, of):
     """And the gradient of each."""
     shape = WIDE[name].shape
-    sizes = [
-        n if varied else 1 for n, varied in zip((shape.B, shape.N, shape.T), varies, strict=True)
-    ]
+    sizes = np.where(BANDWIDTHS[of], (shape.B, shape.N, shape.T), 1)
     h = np.random.default_rng(0).uniform(0.75, 1.5, (*sizes, 1)).astype("float32")
     QUICK.check(name, drawn(WIDE[name], 0, 1.0, MASKS["all"]), h=h)
 

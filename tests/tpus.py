@@ -76,6 +76,7 @@ class Kernel:
 class Program:
     """A compiled function, its kernels in the order of their names; of two that are equal one.
 
+    calls: the names of all kernels that it calls, which are there though nobody told about them.
     argument_bytes, output_bytes, temporary_bytes: on one device; reused_bytes: of arguments that
         are given up for outputs.
     collectives: how often devices talk to each other, by kind, as it is written.
@@ -85,6 +86,7 @@ class Program:
     output_bytes: int
     reused_bytes: int
     temporary_bytes: int
+    calls: list[str]
     kernels: list[Kernel]
     collectives: dict[str, int]
 
@@ -130,7 +132,7 @@ def compiled(function: Callable, *shapes: Any, generation: str = "v5e") -> Progr
     with where or meant_for(generation):
         executable = function.lower(*jax.tree.map(placed, shapes)).compile()
     text = executable.as_text()
-    names = re.findall(r'%(\S+) = .*custom_call_target="tpu_custom_call"', text)
+    names = sorted(re.findall(r'%(\S+) = .*custom_call_target="tpu_custom_call"', text))
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     memory = executable.memory_analysis()
     return Program(
@@ -138,9 +140,15 @@ def compiled(function: Callable, *shapes: Any, generation: str = "v5e") -> Progr
         memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        [_kernel(name) for name in sorted(names) if _files(name, USE)],
+        [_plain(name) for name in names],
+        [_kernel(name) for name in names if _files(name, USE)],
         collections.Counter(re.findall(rf"\b({kinds})(?:-start)?\(", text)),
     )
+
+
+def _plain(name: str) -> str:
+    """A kernel's name without the number that tells it from others of the name."""
+    return re.sub(r"\.\d+$", "", name)
 
 
 def _kernel(name: str) -> Kernel:
@@ -151,7 +159,7 @@ def _kernel(name: str) -> Kernel:
     used = np.array([line.split() for line in bundles], int).sum(0)
     slots = dict(zip(units.split(", "), used.tolist(), strict=True))
     return Kernel(
-        re.sub(r"\.\d+$", "", name),
+        _plain(name),
         len(bundles),
         slots,
         slots["VSTORE:SPILL"],
@@ -186,13 +194,17 @@ def devices(generation: str) -> list[Any]:
 
 @functools.cache
 def _told() -> Path:
-    """The folder that the compiler's words go to: one a process, from before libtpu is loaded."""
+    """The folder that the compiler's words go to: one a process, from before libtpu is loaded.
+
+    LIBTPU_INIT_ARGS="" asks for none.
+    """
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ["LIBTPU_INIT_ARGS"] = (
+    words = (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         f" --xla_jf_dump_llo_pass_label_regex=.*{USE}|{CODE}"
     )
+    os.environ.setdefault("LIBTPU_INIT_ARGS", words)
     return Path(folder)
