@@ -47,7 +47,7 @@ def attend(mask, implementation):
 
 
 NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
-WHEN = dict.fromkeys(("packed, causal", "tiles", "offset a batch"), pytest.mark.slow)
+WHEN = dict.fromkeys(("packed, causal", "offset a batch"), pytest.mark.slow)
 
 
 def names() -> list:

@@ -46,6 +46,7 @@ WIDE = {
     "one key": Structure(Shape(B=2, T=3, S=1, N=1, K=1)),
 }
 FIRST = "plain", "many keys", "anchored", "fixed"
+SECOND = "causal", "window", "one key"
 MASKS = {"plain": 0, "ranges": 4, "by key": 8 + 16, "all": 63}
 
 simulated = functools.partial(
@@ -68,7 +69,7 @@ def over(form: str) -> Interpreted:
 SPLIT = {form: over(form) for form in ("gather", "keys")}
 
 
-OFTEN = {("plain", "keys"), ("anchored", "gather")}
+OFTEN = {("plain", "keys")}
 NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
 
 
@@ -95,7 +96,11 @@ def test_kernels_keep_the_contract_in_simulated_memory(name, capfd):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in WIDE],
+    [
+        *FIRST,
+        *(pytest.param(x, marks=pytest.mark.slow) for x in SECOND),
+        *(pytest.param(x, marks=NIGHTLY) for x in WIDE if x not in FIRST + SECOND),
+    ],
 )
 def test_kernels_keep_the_contract(name):
     for seed, spread in enumerate([1.0, 4.0]):
@@ -171,7 +176,10 @@ def test_two_runs_agree_and_rows_do_not_depend_on_others():
 
 @pytest.mark.parametrize(
     "bandwidth",
-    [pytest.param(rule, marks=pytest.mark.slow) for rule in (kreg.Adaptive(), kreg.Anchored())],
+    [
+        pytest.param(kreg.Adaptive(), marks=pytest.mark.slow),
+        pytest.param(kreg.Anchored(), marks=NIGHTLY),
+    ],
 )
 def test_several_runs_side_by_side_drop_what_each_drops_alone(bandwidth):
     """vmap over all arguments, the dropout's key too; the reference draws the same."""
