@@ -31,7 +31,7 @@ finished = itertools.count(1)
 
 
 def pytest_addoption(parser):
-    about = "of each test two cases, and those with a value that no case of its file had before"
+    about = "of each test a case, and those with a value that no case of its file had before"
     parser.addoption("--few", action="store_true", help=about)
 
 
@@ -54,7 +54,7 @@ def few(items):
     for item in items:
         test, _, values = item.nodeid.partition("[")
         values = {(item.path, value) for value in re.split("[-@]", values.removesuffix("]"))}
-        if cases[test] < 2 or values - seen:
+        if not cases[test] or values - seen:
             seen |= values
             yield item
         cases[test] += 1

@@ -47,7 +47,7 @@ def attend(mask, implementation):
 
 
 NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
-WHEN = dict.fromkeys(("packed, causal", "offset a batch"), pytest.mark.slow)
+WHEN = {"packed, causal": pytest.mark.slow}
 
 
 def names() -> list:

@@ -86,8 +86,6 @@ def check_gradients(group, method, info, gradients):
 QUICK = {
     "base": ("softmax", "norm_relu"),
     "variant_bias": ("relumax",),
-    "variant_pmem3": ("biweight",),
-    "variant_skip5": ("relumax",),
     "variant_attn_only_post_ln_untied": ("biweight",),
 }
 

@@ -138,7 +138,8 @@ def test_pieces_without_weight_are_skipped_and_no_others(monkeypatch, name, orde
     inputs = [jnp.asarray(x, "bfloat16") for x in arrays]
     with as_xla():
         jax.clear_caches()
-        found = ATTENTION.found(canonical(*inputs, kernel=kreg.Kernel(order), is_causal=True))
+        options = {"kernel": kreg.Kernel(order), "is_causal": True}
+        found = jax.jit(lambda *x: ATTENTION.found(canonical(*x, **options)))(*inputs)
     where = np.tril(np.ones((length, length), bool))[None, None]
     bias = np.zeros((1, 1, length, length))
     want = oracle.attention(*arrays, bias, where, order=order, rule=oracle.Rule("adaptive", 1.0, 0))
