@@ -106,15 +106,10 @@ OPTIONS = {
 
 
 def often(values, *, at_once, slow):
-    """Values with each form: one value at once, some cases with the slow tests, all nightly."""
-    marks = dict.fromkeys(slow, LONGER)
+    """Values with each form: some cases at once, some with the slow tests, all nightly."""
+    marks = dict.fromkeys(at_once, ()) | dict.fromkeys(slow, LONGER)
     return [
-        pytest.param(
-            x,
-            form,
-            id=f"{x}-{form}",
-            marks=() if x == at_once else marks.get(f"{x}-{form}", NIGHTLY),
-        )
+        pytest.param(x, form, id=f"{x}-{form}", marks=marks.get(f"{x}-{form}", NIGHTLY))
         for x in values
         for form in FORMS
     ]
@@ -122,7 +117,11 @@ def often(values, *, at_once, slow):
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    often(OPTIONS, at_once="dropout", slow={"null and cap-keys", "window-gather", "offset-keys"}),
+    often(
+        OPTIONS,
+        at_once={"dropout-gather", "dropout-keys"},
+        slow={"null and cap-keys", "window-gather", "offset-keys"},
+    ),
 )
 def test_options(name, form):
     """What the contract does not draw; dropout takes the same weights wherever they are."""
@@ -135,8 +134,8 @@ def test_options(name, form):
     ("cell", "form"),
     often(
         FOUR,
-        at_once=FOUR[0],
-        slow={"epanechnikov@anchored-keys", "triweight@fixed-gather", "gaussian@nearest-keys"},
+        at_once={"biweight@adaptive-keys"},
+        slow={"epanechnikov@anchored-gather", "triweight@fixed-keys", "gaussian@nearest-gather"},
     ),
 )
 def test_every_rule(cell: Cell, form):
