@@ -141,7 +141,9 @@ def test_check_grads_of_entmax():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", ["entmax15", "relumax", "normalized_relu"])
+@pytest.mark.parametrize(
+    "name", nightly(["entmax15", "relumax", "normalized_relu"], but=["relumax"])
+)
 @pytest.mark.slow
 def test_check_grads_of_named_maps(name):
     with jax.enable_x64(True):

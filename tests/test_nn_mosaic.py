@@ -31,7 +31,7 @@ NAMES = [*METHODS, *VARIANTS, "dense", "eft"]
 
 
 NIGHTLY = ("softmax", "epanechnikov", "norm_relu", "top3_softmax", "top3_uniform", "post")
-NIGHTLY += ("triweight@fixed", "wide", "contextual")
+NIGHTLY += ("triweight@fixed", "wide", "near", "contextual")
 
 
 @pytest.mark.slow

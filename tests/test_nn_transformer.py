@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from nightly import NIGHTLY
 from nn_models import METHODS, VOCAB, logits, module, quick_jit, tokens
 
 from kreg.nn import Transformer, TransformerConfig, from_torch, generate, to_torch
@@ -17,8 +18,8 @@ MODELS = {
     "fixed": ("triweight@fixed", {"cosine": True, "learned_bandwidth": True}),
     "nearest": ("biweight@nearest", {"alibi_heads": 2, "tie_weights": False}),
 }
-QUICK = ("learned", "nape")
-SOME_SLOW = [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MODELS]
+WHEN = {"fixed": pytest.mark.slow, "nearest": NIGHTLY}
+SOME_SLOW = [pytest.param(m, marks=WHEN.get(m, ())) for m in MODELS]
 
 
 def config(method: str = "biweight", **options) -> TransformerConfig:

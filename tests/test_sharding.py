@@ -43,7 +43,7 @@ def split(form: str, devices: int, implementation: str | None = None):
 # Structures of the contract, by number, with a form and a number of devices: one at once, more with
 # the slow tests, all nightly.
 AT_ONCE = {(0, "keys", 8)}
-SLOW = {(1, "gather", 4), (3, "keys", 2), (7, "keys", 4), (11, "keys", 8)}
+SLOW = {(1, "gather", 4), (7, "keys", 4), (11, "keys", 8)}
 LONGER = pytest.mark.slow
 
 
@@ -120,7 +120,7 @@ def often(values, *, at_once, slow):
     often(
         OPTIONS,
         at_once={"dropout-gather", "dropout-keys"},
-        slow={"null and cap-keys", "window-gather", "offset-keys"},
+        slow={"null and cap-keys", "offset-keys"},
     ),
 )
 def test_options(name, form):
@@ -135,7 +135,7 @@ def test_options(name, form):
     often(
         FOUR,
         at_once={"biweight@adaptive-keys"},
-        slow={"epanechnikov@anchored-gather", "triweight@fixed-keys", "gaussian@nearest-gather"},
+        slow={"epanechnikov@anchored-gather", "gaussian@nearest-keys"},
     ),
 )
 def test_every_rule(cell: Cell, form):
