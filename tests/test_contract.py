@@ -194,13 +194,13 @@ def computed(number: int, implementation: str | Callable, case: Case):
     )
 
 
-# Orders, traced or large, few keys and a causal Fixed: what they prove others nearly do.
-LATE = [8, 11, 13, 14]
+# At night orders, traced or large, few keys, a causal Fixed: what they prove others nearly do.
+WHEN = dict.fromkeys((8, 11, 13, 14), NIGHTLY) | dict.fromkeys((3, 5, 12, 15), pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     "number",
-    [pytest.param(i, marks=NIGHTLY if i in LATE else ()) for i in range(len(STRUCTURES))],
+    [pytest.param(i, marks=WHEN.get(i, ())) for i in range(len(STRUCTURES))],
     ids=lambda i: NAMES[i],
 )
 @given(

@@ -92,6 +92,7 @@ QUICK = {
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", [name for name in group_names("stack") if name in QUICK])
+@pytest.mark.slow
 def test_golden_stack(name):
     check_stack(name, rest=False)
 

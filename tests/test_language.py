@@ -165,7 +165,7 @@ def test_validation_covers_every_token_once(rows, tokens):
     assert {batch["tokens"].shape for batch in held_out(windows, 4, 256)} == {(4, 12)}
 
 
-@pytest.mark.parametrize("kind", ["mosaic", "transformer"])
+@pytest.mark.parametrize("kind", ["mosaic", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_packed_rows_score_what_documents_alone_score(kind, tokens):
     model = make_model(kind, "biweight", SIZES, vocab_size=257, block=32)
     packed = losses_of(model, text.PackedDocuments(tokens, 32), 2)

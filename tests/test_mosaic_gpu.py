@@ -66,9 +66,9 @@ check = CONTRACT.check
 
 
 def oldest_too(names, chosen, late=()):
-    """A case takes seconds: on the oldest jax some do, and others wait for the night."""
+    """A case takes seconds: few are for every run and the oldest jax, some wait for the night."""
     marks = dict.fromkeys(chosen, pytest.mark.core) | dict.fromkeys(late, NIGHTLY)
-    return [pytest.param(n, marks=marks.get(n, ())) for n in names]
+    return [pytest.param(n, marks=marks.get(n, pytest.mark.slow)) for n in names]
 
 
 @pytest.mark.parametrize(

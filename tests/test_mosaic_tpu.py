@@ -45,8 +45,8 @@ WIDE = {
     "width 256": Structure(Shape(B=1, T=66, S=140, N=1, K=1, H=256, V=128), dtype="bfloat16"),
     "one key": Structure(Shape(B=2, T=3, S=1, N=1, K=1)),
 }
-FIRST = "plain", "many keys"  # in simulated memory the rules have their own
-SECOND = "causal", "window", "one key"
+FIRST = ("many keys",)  # in simulated memory the rules have their own
+SECOND = "plain", "causal", "window", "one key"
 MASKS = {"plain": 0, "ranges": 4, "by key": 8 + 16, "all": 63}
 
 simulated = functools.partial(

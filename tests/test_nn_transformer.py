@@ -207,6 +207,7 @@ def test_a_tied_head_is_no_parameter_of_its_own():
     "method",
     [pytest.param("softmax", marks=[pytest.mark.slow, pytest.mark.nightly]), "biweight"],
 )
+@pytest.mark.slow
 def test_training_lowers_the_loss(method):
     """The second half of a copied word becomes easier than a guess among the symbols."""
     made = config(method, max_length=8, embed_dim=16, num_heads=2, learned_bandwidth=True)
