@@ -14,7 +14,7 @@ from mosaic_steps import mosaic_step
 import kreg
 from experiments.scaling.check import check
 from experiments.scaling.collectives import messages
-from experiments.scaling.model import Sizes, Split
+from experiments.scaling.model import Sizes, Split, activation_bytes
 
 pytestmark = pytest.mark.aot
 
@@ -67,6 +67,24 @@ def test_a_train_step_is_split_over_eight_gpus(split):
     assert 0.5 * found.predicted <= found.compiled <= 1.5 * found.predicted
     whole = 3 * 4 * sizes.parameters / split.fsdp
     assert 0.9 * whole <= found.state_bytes <= 1.1 * whole + 2**16
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({}, {"rows": 8}, {"width": 512}, {"vocabulary": 8000}, {"slots": 1024}),
+        {"layers": 12, "width": 768, "slots": 2688, "vocabulary": 50257, "rows": 2},
+    ],
+    ids=str,
+)
+def test_what_a_train_step_keeps_is_what_the_formula_says(changes):
+    """Beside the state: gradients, and activations."""
+    sizes = Sizes(6, 256, 512, 1000, rows=4, length=512)._replace(**changes)
+    found = check(sizes, Split(), tuple(h200.devices(1)), None)
+    expected = 4 * sizes.parameters + activation_bytes(sizes, Split())
+    assert found.temporary_bytes == pytest.approx(expected, rel=0.12)
 
 
 LONGER = [pytest.mark.nightly, pytest.mark.slow]

@@ -2,23 +2,21 @@
 
 import functools
 import itertools
+import json
+import sys
 
 import jax
 import jax.numpy as jnp
+import killing
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+import split_training
+from split_training import BATCH, METHODS, ONE, gradients, losses
 
-import kreg
-from kreg import nn, training
+from kreg import training
 from kreg.training import Devices
 
-BATCH, LENGTH, VOCABULARY = 8, 32, 20
-# Arrays of the model have about a thousand numbers and more, so that some of them are split.
-CONFIG = nn.MosaicConfig(VOCABULARY, 1, 2, 32, 40, attention_dropout=0.1, hidden_dropout=0.1)
-
-ONE = Devices()
 OFTEN = (Devices(2, 2, 2),)
 COUNTS = [c for c in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(c) in (4, 8)]
 ALL = [
@@ -26,45 +24,7 @@ ALL = [
     for explicit in (False, True)
     for devices in (Devices(*counts, explicit=explicit) for counts in COUNTS)
 ]
-
-
-@functools.cache
-def batch(seed: int):
-    rng = np.random.default_rng(seed)
-    return {
-        "tokens": rng.integers(0, VOCABULARY, (BATCH, LENGTH)),
-        "documents": np.sort(rng.integers(0, 3, (BATCH, LENGTH))),
-    }
-
-
-def started(devices: Devices, tx, dtype, **changes):
-    """A step and a state of a small Memory Mosaic, split over the devices."""
-    config = nn.MosaicConfig(**{**vars(CONFIG), "layout": devices.layout, **changes})
-    graph, params = nnx.split(nn.MemoryMosaic(config, rngs=nnx.Rngs(0)))
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
-
-    def loss(params, batch, key):
-        logits = nnx.merge(graph, params)(
-            batch["tokens"], segment_ids=batch["documents"], dropout_key=key
-        )
-        labels = jnp.roll(batch["tokens"], -1, axis=1)
-        return training.mean_token_cross_entropy(logits, labels, ignore=-1), {}
-
-    state = training.init_state(params, tx, jax.random.key(1))
-    split = devices if devices.count > 1 else None
-    return training.make_step(loss, tx, devices=split), state
-
-
-def losses(devices: Devices, steps: int, dtype, **changes) -> list[float]:
-    tx = training.adamw(3e-3, weight_decay=0.1, clip=1.0)
-    step, state = started(devices, tx, dtype, **changes)
-    found = []
-    with jax.set_mesh(devices.mesh):
-        state = devices.place(state)
-        for i in range(steps):
-            state, metrics = step(state, devices.place_batch(batch(i)))
-            found.append(float(metrics["loss"]))
-    return found
+ALL_METHODS = ",".join(METHODS)
 
 
 @functools.cache
@@ -85,18 +45,6 @@ def test_losses_do_not_depend_on_the_devices(devices, dtype, steps, tolerance):
         np.testing.assert_allclose(found, alone(steps, dtype), rtol=tolerance, atol=0)
 
 
-METHODS = {
-    "softmax": (kreg.gaussian, kreg.Adaptive),
-    "biweight": (kreg.biweight, kreg.Adaptive),
-    "epanechnikov": (kreg.epanechnikov, kreg.Adaptive),
-    "triweight": (kreg.triweight, kreg.Adaptive),
-    "norm_relu": (kreg.epanechnikov, kreg.Fixed),
-    "relumax": (kreg.epanechnikov, kreg.Anchored),
-    "top8_softmax": (kreg.gaussian, functools.partial(kreg.Nearest, 8)),
-    "top8_uniform": (kreg.box, functools.partial(kreg.Nearest, 8)),
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
@@ -104,25 +52,55 @@ METHODS = {
 )
 def test_gradients_of_every_method(method):
     """On a mesh of explicit axes."""
-    kernel, bandwidth = METHODS[method]
+    want, got = gradients(ONE, method), gradients(Devices(2, 2, 2, explicit=True), method)
+    np.testing.assert_allclose(got, want, atol=1e-5 * max(np.abs(want).max(), 1), rtol=0)
 
-    def gradients(devices):
-        # What is subtracted from the parameters is the gradient.
-        step, state = started(
-            devices, optax.sgd(1.0), "float32", kernel=kernel, bandwidth=bandwidth
-        )
-        before = jax.tree.map(np.array, state.params)
-        with jax.set_mesh(devices.mesh):
-            moved, _ = step(devices.place(state), devices.place_batch(batch(0)))
-        return jax.tree.map(lambda a, b: a - np.asarray(b), before, moved.params)
 
-    want, got = gradients(ONE), gradients(Devices(2, 2, 2, explicit=True))
-    largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * max(largest, 1), rtol=0),
-        want,
-        got,
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "devices", "split", "methods", "wide"),
+    [
+        (2, 2, (1, 2, 2), "", []),
+        *(
+            pytest.param(*case, methods, ["float64"], marks=pytest.mark.nightly)
+            for methods, *case in [
+                ("relumax", 2, 2, (1, 2, 2)),
+                ("", 2, 2, (4, 1, 1)),
+                (ALL_METHODS, 4, 1, (1, 4, 1)),
+                (ALL_METHODS, 4, 2, (2, 2, 2)),
+                (ALL_METHODS, 2, 4, (2, 2, 2)),
+                # The sequence goes from process to process, and so all read all rows.
+                ("biweight", 4, 1, (1, 1, 4)),
+            ]
+        ),
+    ],
+)
+def test_several_processes_give_the_numbers_of_one(
+    tmp_path, processes, devices, split, methods, wide
+):
+    """And each reads the rows of its own devices, no others."""
+    counts = ("--processes", str(processes), "--devices-per-process", str(devices))
+    command = (sys.executable, split_training.__file__, str(tmp_path), str(devices))
+    words = (*command, ",".join(map(str, split)), methods, *wide)
+    run = killing.start("-m", "experiments.launch.local", *counts, *words)
+    _, err = run.communicate(timeout=1200)
+    assert run.returncode == 0, err
+    found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(processes)]
+    read = [told["read"] for told in found]
+    shares = min(processes, split[0] * split[1])
+    assert len({tuple(rows) for rows in read}) == shares
+    assert {len(rows) for rows in read} == {2 * BATCH // shares}
+    assert len(set().union(*read)) == 2 * BATCH
+    for told in found:
+        np.testing.assert_allclose(told["float32"], alone(10, "float32"), rtol=1e-5, atol=0)
+        for dtype in wide:
+            with jax.enable_x64(True):
+                exact = alone(50, dtype)
+            np.testing.assert_allclose(told[dtype], exact, rtol=1e-9, atol=0)
+        for method in filter(None, methods.split(",")):
+            want = gradients(ONE, method)
+            most = 1e-5 * max(np.abs(want).max(), 1)
+            np.testing.assert_allclose(told[method], want, atol=most, rtol=0)
 
 
 def test_what_is_split():
@@ -156,7 +134,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path):
         step = training.make_step(loss, tx, devices=devices)
         state = training.init_state({"w": jnp.ones((64, 32)) / 64}, tx, jax.random.key(0))
         rows = [{"x": np.float32(np.random.default_rng(i).normal(size=64))} for i in range(64)]
-        data = training.batches(rows, 16, seed=0)
+        data = training.batches(rows, 16, seed=0, devices=devices)
         result = training.train(
             folder, state, step, data, steps=6, config={}, save_every=2, time_limit=time_limit,
             devices=devices, progress=training.Progress(quiet=True),

@@ -18,11 +18,11 @@ from experiments.in_context.config import Model
 from experiments.in_context.experiment import EXPERIMENT
 from experiments.in_context.objective import (
     Rows,
+    blank,
     evaluate,
     held_out,
     make_loss,
     make_measure,
-    pad_to,
     summary,
 )
 from experiments.in_context.task import TASK, make_model
@@ -32,6 +32,7 @@ from experiments.runs import command_line
 from experiments.runs.results import read_experiment
 from experiments.runs.sweep import settings
 from kreg.training import load_params
+from kreg.training.data import filled, stack
 
 main = functools.partial(run_command.command, EXPERIMENT)
 parse = functools.partial(command_line.parse, EXPERIMENT)
@@ -110,10 +111,9 @@ def test_filling_a_batch_up_changes_no_loss(benchmark):
     rows = [Rows(benchmark.train)[index] for index in range(3)]
     params = jnp.asarray(np.random.default_rng(1).normal(size=(20, 20)), jnp.float32)
     loss = jax.value_and_grad(make_loss(bigram_model), has_aux=True)
-    (exact, _), gradient = loss(params, pad_to(3)(rows), None)
-    (filled, _), other = loss(params, pad_to(8)(rows), None)
-    assert pad_to(8)(rows)["tokens"].shape == (8, 40)
-    np.testing.assert_allclose(filled, exact, rtol=1e-6)
+    (exact, _), gradient = loss(params, stack(rows), None)
+    (more, _), other = loss(params, stack(filled(rows, 8, blank)), None)
+    np.testing.assert_allclose(more, exact, rtol=1e-6)
     np.testing.assert_allclose(other, gradient, atol=1e-6)
 
 

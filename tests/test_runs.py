@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import os
+import signal
 
 import pytest
 import toy_experiment
@@ -37,6 +39,28 @@ def test_a_new_experiment_gets_folders_table_and_figure(finished):
     assert text.count("±") == 2 and "unfinished" not in text
     record = json.loads((finished / "softmax" / "seed0" / "run.json").read_text())
     assert record["sessions"][0]["together"] == 1 and record["sessions"][0]["versions"]["jax"]
+
+
+def test_a_signal_while_the_last_step_is_judged_leaves_the_test_to_the_next_command(
+    tmp_path, monkeypatch
+):
+    judged = []
+
+    def validate(params, data):
+        judged.append(params)
+        if len(judged) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"loss": 1.0}
+
+    words = ["--out", str(tmp_path), "--methods", "softmax", "biweight"]
+    program = dataclasses.replace(toy_experiment.PROGRAM, validate=validate)
+    task = dataclasses.replace(toy_experiment.TASK, build=lambda config, method: program)
+    with monkeypatch.context() as patch:
+        patch.setattr(toy_experiment, "TASK", task)
+        assert command(words) == 0
+    assert len(judged) == 3 and not list(tmp_path.rglob("result.json"))
+    assert command(words) == 0
+    assert len(list(tmp_path.rglob("result.json"))) == 2
 
 
 def test_scores_that_a_result_lacks_are_named(finished):

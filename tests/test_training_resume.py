@@ -1,6 +1,7 @@
 """Interrupted runs, bit for bit: killed, stopped, cut into slices, moved between iterators."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -70,6 +71,19 @@ def test_killed_at_any_moment_it_ends_as_if_nobody_had(tmp_path, uninterrupted):
     result = training_run.run(directory)
     assert (result.step, result.finished) == (STEPS, True)
     _assert_same_run(directory, uninterrupted)
+
+
+def test_a_signal_after_the_last_step_is_told(tmp_path):
+    """The run is done and saved; who called it knows that nothing else is to follow."""
+
+    def evaluate(params):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"val_loss": 1.0}
+
+    result = training_run.run(tmp_path / "run", steps=2, eval_every=2, evaluate=evaluate)
+    assert (result.step, result.finished, result.stopped_by) == (2, True, "SIGTERM")
+    result = training_run.run(tmp_path / "run", steps=2, eval_every=2)
+    assert (result.step, result.finished, result.stopped_by) == (2, True, None)
 
 
 def test_slices_of_time_add_up_to_the_whole_run(tmp_path, uninterrupted):

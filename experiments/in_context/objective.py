@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from experiments.regbench import IGNORED_LABEL, PAD_ID, Instances, Score
 from kreg.training import mean_token_cross_entropy, token_cross_entropy
+from kreg.training.data import Row
 from kreg.training.writer import fetch
 
 # What keeps the logarithms of the Kullback-Leibler divergence finite, as in `Score`.
@@ -32,23 +33,20 @@ class Rows:
     def __len__(self) -> int:
         return len(self.instances)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Row:
         return {"tokens": self.instances.input_ids[index], "labels": self.instances.labels[index]}
 
 
-def pad_to(batch_size: int) -> Callable[[Sequence[dict[str, np.ndarray]]], dict[str, np.ndarray]]:
-    """Return what makes a batch of rows, filled up with rows without labels.
+def blank(row: Row) -> Row:
+    """Return a sequence without labels, of the length of this one.
 
-    The loss pools labelled positions, so the filling changes nothing but the number of shapes
-    to compile: an epoch's last batch has the shape of the others.
+    The loss pools labelled positions, so that a batch filled up with it changes nothing but the
+    number of shapes to compile: an epoch's last batch has the shape of the others.
     """
-
-    def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        fillings = {"tokens": PAD_ID, "labels": IGNORED_LABEL}
-        stacked = {name: np.stack([row[name] for row in rows]) for name in fillings}
-        return {name: _fill(stacked[name], batch_size, fillings[name]) for name in fillings}
-
-    return collate
+    return {
+        "tokens": np.full_like(row["tokens"], PAD_ID),
+        "labels": np.full_like(row["labels"], IGNORED_LABEL),
+    }
 
 
 def make_loss(apply: Apply) -> Callable[..., tuple[Array, dict[str, Array]]]:

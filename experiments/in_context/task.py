@@ -15,16 +15,16 @@ from experiments import supports
 from experiments.in_context.config import Config, Model
 from experiments.in_context.objective import (
     Rows,
+    blank,
     evaluate,
     held_out,
     make_loss,
     make_measure,
-    pad_to,
     summary,
 )
 from experiments.methods import method
 from experiments.regbench import VOCAB_SIZE, Benchmark, make_split, ngram
-from experiments.runs.task import Program, Task, layout_of, operations
+from experiments.runs.task import Program, Task, devices_of, layout_of, operations
 from kreg.nn import MemoryMosaic, MosaicConfig
 from kreg.sharding import Layout
 from kreg.training import adamw, batches
@@ -158,7 +158,8 @@ def _baselines(data: Data) -> dict[str, dict[str, Any]]:
 
 def _batches(config: Config, data: Data, seed: int) -> BatchIterator:
     size = config.training.batch_size
-    return batches(Rows(data.benchmark.train), size, seed=seed, collate=pad_to(size))
+    devices = devices_of(config)
+    return batches(Rows(data.benchmark.train), size, seed=seed, blank=blank, devices=devices)
 
 
 def _tokens_per_batch(config: Config, data: Data) -> int:

@@ -3,8 +3,9 @@
 Axes: B windows, T positions, V vocabulary.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from experiments.text import IGNORED_LABEL, LossByPosition, document_positions
 from kreg.training import mean_token_cross_entropy
-from kreg.training.data import Batch, Source
+from kreg.training.data import Batch, Row, Source, filled, stack
 from kreg.training.step import LossFn
 from kreg.training.writer import fetch
 
@@ -26,18 +27,10 @@ type Apply = Callable[
 type Measure = Callable[[PyTree[Array], Batch], Float[Array, "B T"]]
 
 
-def pad_to(batch_size: int, end: int) -> Callable[[Sequence[Batch]], Batch]:
-    """Return what makes a batch of rows, filled up with rows without labels."""
+def blank(row: Row, end: int) -> Row:
+    """Return a row without labels, of the shapes of this one."""
     fillings = {"tokens": end, "labels": IGNORED_LABEL, "segment_ids": 0}
-
-    def collate(rows: Sequence[Batch]) -> Batch:
-        gap = ((0, batch_size - len(rows)), (0, 0))
-        return {
-            name: np.pad(np.stack([row[name] for row in rows]), gap, constant_values=fillings[name])
-            for name in rows[0]
-        }
-
-    return collate
+    return {name: np.full_like(row[name], fillings[name]) for name in row}
 
 
 def make_loss(apply: Apply) -> LossFn:
@@ -65,10 +58,10 @@ def make_measure(apply: Apply) -> Measure:
 
 def held_out(rows: Source, batch_size: int, end: int) -> Iterator[Batch]:
     """Give all rows in batches of one shape."""
-    collate = pad_to(batch_size, end)
+    empty = functools.partial(blank, end=end)
     for start in range(0, len(rows), batch_size):
         stop = min(start + batch_size, len(rows))
-        yield collate([rows[index] for index in range(start, stop)])
+        yield stack(filled([rows[index] for index in range(start, stop)], batch_size, empty))
 
 
 def by_position(

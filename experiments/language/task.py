@@ -17,19 +17,19 @@ from experiments.language import corpus
 from experiments.language.config import Config, Sizes, Training
 from experiments.language.models import make_model
 from experiments.language.objective import (
+    blank,
     by_position,
     edges,
     held_out,
     make_loss,
     make_measure,
-    pad_to,
     summary,
 )
 from experiments.runs.experiment import DataError
-from experiments.runs.task import Program, Task, layout_of, matrix_decay, operations
+from experiments.runs.task import Program, Task, devices_of, layout_of, matrix_decay, operations
 from kreg.sharding import Layout
 from kreg.training import batches, decay_matrices
-from kreg.training.data import Batch, BatchIterator, Source
+from kreg.training.data import Batch, BatchIterator, Source, stack
 from kreg.training.optimizer import names
 from kreg.training.writer import fetch
 
@@ -179,7 +179,7 @@ def _support(count: Any, params: PyTree[Array], data: Data) -> dict[str, Any]:
     whole = len(rows) // size * size
     try:
         found = [
-            fetch(count(params, pad_to(size, data.validation.end)(rows[start : start + size])))
+            fetch(count(params, stack(rows[start : start + size])))
             for start in range(0, whole, size)
         ]
     except NotImplementedError:
@@ -188,12 +188,12 @@ def _support(count: Any, params: PyTree[Array], data: Data) -> dict[str, Any]:
 
 
 def _batches(config: Config, data: Data, seed: int) -> BatchIterator:
-    size = config.training.batch_size
+    size, devices = config.training.batch_size, devices_of(config)
     if data.packed:
-        collate = pad_to(size, data.validation.end)
-        return batches(data.training_rows, size, seed=seed, collate=collate)
+        empty = functools.partial(blank, end=data.validation.end)
+        return batches(data.training_rows, size, seed=seed, blank=empty, devices=devices)
     rows = text.RandomWindows(data.corpus.train, data.block, rows=config.steps * size, seed=seed)
-    return batches(rows, size, seed=seed, shuffle=False)
+    return batches(rows, size, seed=seed, shuffle=False, devices=devices)
 
 
 def _tokens_per_batch(config: Config, data: Data) -> int:

@@ -120,9 +120,9 @@ def run[C: Config, D](
             time_limit=time_limit,
         )
     for setting, initial, end in zip(settings, params, trained, strict=True):
-        if end.finished:
+        if end.finished and end.stopped_by is None:
             _test(task, setting, data, program, initial, end.best_step)
-    return next((end.stopped_by for end in trained if not end.finished), None)
+    return next((end.stopped_by for end in trained if end.stopped_by), None)
 
 
 def _train(

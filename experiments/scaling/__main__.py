@@ -6,7 +6,15 @@ import sys
 from collections.abc import Sequence
 
 from experiments.scaling.machines import MACHINES
-from experiments.scaling.model import Sizes, Split, break_even, predict, sent, state_bytes
+from experiments.scaling.model import (
+    Sizes,
+    Split,
+    activation_bytes,
+    break_even,
+    predict,
+    sent,
+    state_bytes,
+)
 
 COUNTS = (8, 64, 512, 4096)
 
@@ -46,9 +54,9 @@ def _predict(counts: Sequence[int], sizes: Sizes) -> None:
         f"{sizes.parameters / 1e6:.0f} million parameters, {sizes.rows} x {sizes.length} positions "
         f"a step, {sizes.flops:.3g} operations, {sizes.density:.0%} of the pairs with weight\n"
     )
-    print("| devices | data x fsdp x sequence | sent, MB | state, MB | ", end="")
+    print("| devices | data x fsdp x sequence | sent, MB | state, MB | activations, MB | ", end="")
     print(" | ".join(f"{m.name}: compute ms | messages ms | share" for m in MACHINES.values()), "|")
-    print("|---" * (4 + 3 * len(MACHINES)) + "|")
+    print("|---" * (5 + 3 * len(MACHINES)) + "|")
     for count in counts:
         for split in splits(count, sizes):
             cells = [
@@ -56,6 +64,7 @@ def _predict(counts: Sequence[int], sizes: Sizes) -> None:
                 " x ".join(map(str, split)),
                 f"{sum(sent(sizes, split)) / 1e6:.0f}",
                 f"{state_bytes(sizes, split) / 1e6:.0f}",
+                f"{activation_bytes(sizes, split) / 1e6:.0f}",
             ]
             for machine in MACHINES.values():
                 found = predict(machine, sizes, split)

@@ -12,8 +12,12 @@ from typing import Protocol
 
 import numpy as np
 
+from kreg.training.devices import Devices
+
 type Row = dict[str, np.ndarray]
 type Batch = dict[str, np.ndarray]
+# Makes a row that counts for nothing, of the shapes of the one that it is given.
+type Blank = Callable[[Row], Row]
 type Collate = Callable[[Sequence[Row]], Batch]
 
 
@@ -35,6 +39,11 @@ class BatchIterator(Iterator[Batch], Protocol):
     def close(self) -> None: ...
 
 
+def filled(rows: Sequence[Row], count: int, blank: Blank) -> list[Row]:
+    """Fill rows up to so many with blank ones."""
+    return [*rows, *(blank(rows[0]) for _ in range(count - len(rows)))]
+
+
 def stack(rows: Sequence[Row]) -> Batch:
     """Stack rows of equal shapes along a new first axis."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
@@ -47,17 +56,22 @@ def batches(
     seed: int,
     shuffle: bool = True,
     drop_remainder: bool = False,
+    blank: Blank | None = None,
     collate: Collate = stack,
     prefetch: int = 2,
+    devices: Devices | None = None,
 ) -> BatchIterator:
     """Iterate over a source without end, every row once an epoch, in another order every epoch.
 
     Args:
         drop_remainder: leave out the rows that do not fill a batch. Otherwise the last batch of an
-            epoch may be smaller, which costs one more compilation of the step; a `collate` that
-            pads (with rows whose labels are all ignored) avoids that.
+            epoch may be smaller, which costs one more compilation of the step; `blank` avoids that.
+        blank: makes a row that counts for nothing, say one whose labels are all ignored, of a row;
+            an epoch's last batch is filled up with it.
         collate: makes a batch of a list of rows.
         prefetch: batches prepared ahead by Grain; 0 prepares each when it is asked for.
+        devices: split batches over them. Of several processes each reads the rows of its own
+            devices alone; together the batches are those of one process.
 
     Examples:
         >>> import numpy as np
@@ -75,7 +89,10 @@ def batches(
         raise ValueError(
             f"source: expected at least one batch of {batch_size} rows, got {len(source)} rows"
         )
-    schedule = _Epochs(source, batch_size, seed, shuffle, drop_remainder, collate)
+    if devices is not None:
+        # Raises where the devices cannot split it.
+        devices.rows(batch_size)
+    schedule = _Epochs(source, batch_size, seed, shuffle, drop_remainder, blank, collate, devices)
     try:
         import grain
     except ImportError:
@@ -94,9 +111,12 @@ class _Epochs:
         seed: int,
         shuffle: bool,
         drop_remainder: bool,
+        blank: Blank | None,
         collate: Collate,
+        devices: Devices | None,
     ):
         self._source, self._collate, self._batch_size = source, collate, batch_size
+        self._blank, self._devices = blank, devices
         rows = len(source)
         self._an_epoch = rows // batch_size if drop_remainder else -(-rows // batch_size)
 
@@ -117,7 +137,17 @@ class _Epochs:
         epoch, within = divmod(int(index), self._an_epoch)
         start = within * self._batch_size
         chosen = self._order(epoch)[start : start + self._batch_size]
-        return self._collate([self._source[int(row)] for row in chosen])
+        size = len(chosen) if self._blank is None else self._batch_size
+        if self._devices is None:
+            return self._collate([self._row(chosen, place) for place in range(size)])
+        here = self._collate([self._row(chosen, place) for place in self._devices.rows(size)])
+        return self._devices.place_batch(here, size)
+
+    def _row(self, chosen: Sequence[int] | np.ndarray, place: int) -> Row:
+        if place < len(chosen):
+            return self._source[int(chosen[place])]
+        assert self._blank is not None
+        return self._blank(self._source[int(chosen[0])])
 
 
 class _PlainIterator:

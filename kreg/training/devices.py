@@ -112,18 +112,55 @@ class Devices:
         """Split arrays that every process has whole."""
         return jax.tree.map(_put, tree, self.shardings(tree))
 
-    def place_batch(self, batch: PyTree[np.ndarray]) -> PyTree[Array]:
-        """Split a batch, which every process has whole, by rows and time."""
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Number the rows of a batch that this process's devices hold, in ascending order.
 
-        def one(rows):
-            if rows.shape[0] % (self.data * self.fsdp):
-                raise ValueError(
-                    f"batch: expected rows that {self.data} x {self.fsdp} devices divide, "
-                    f"got {rows.shape[0]}"
-                )
-            has_time = rows.ndim > 1 and rows.shape[1] % self.sequence == 0
-            spec = PartitionSpec(ROWS, *(("sequence",) if has_time else ()))
-            return _put(rows, NamedSharding(self.mesh, spec))
+        Raises:
+            ValueError: a batch that the devices along `data` and `fsdp` do not divide.
+
+        Examples:
+            >>> from kreg import training
+            >>> training.Devices().rows(4).tolist()
+            [0, 1, 2, 3]
+        """
+        if batch_size % (self.data * self.fsdp):
+            raise ValueError(
+                f"batch: expected rows that {self.data} x {self.fsdp} devices divide, "
+                f"got {batch_size}"
+            )
+        split = NamedSharding(self.mesh, PartitionSpec(ROWS))
+        held = split.addressable_devices_indices_map((batch_size,)).values()
+        return np.unique([np.arange(batch_size)[index] for index in held])
+
+    def place_batch(
+        self, batch: PyTree[np.ndarray | Array], batch_size: int | None = None
+    ) -> PyTree[Array]:
+        """Split a batch by rows and time; arrays that lie on the mesh already stay as they are.
+
+        Args:
+            batch: arrays with a row of the batch each, time next.
+            batch_size: rows of the whole batch where the arrays hold no more than this process's
+                `rows`; where None they hold all, in every process.
+        """
+        everywhere = set(self.mesh.devices.flat)
+
+        def one(leaf):
+            if isinstance(leaf, jax.Array) and leaf.sharding.device_set == everywhere:
+                return leaf
+            size = leaf.shape[0] if batch_size is None else batch_size
+            here = self.rows(size)
+            has_time = leaf.ndim > 1 and leaf.shape[1] % self.sequence == 0
+            split = NamedSharding(self.mesh, PartitionSpec(ROWS, *(("sequence",) * has_time)))
+            if batch_size is None:
+                return _put(leaf, split)
+
+            def part(index):
+                first, stop, _ = index[0].indices(size)
+                # Rows of a device are next to each other here, too.
+                at = np.searchsorted(here, first)
+                return leaf[at : at + stop - first, *index[1:]]
+
+            return jax.make_array_from_callback((size, *leaf.shape[1:]), split, part)
 
         return jax.tree.map(one, batch)
 

@@ -32,7 +32,8 @@ class TrainResult:
         step: updates done, by this call and those before it.
         best_step: the step of the best checkpoint; None where nothing was evaluated.
         finished: whether all steps are done.
-        stopped_by: "time", "SIGTERM" or "SIGINT" where they are not.
+        stopped_by: "SIGTERM" or "SIGINT" where one came, even after the last step; "time" where
+            steps are left.
 
     Examples:
         >>> import jax, optax
@@ -53,7 +54,7 @@ class TrainResult:
     def of(cls, course: Course, state: TrainState, stopped_by: str | None) -> Self:
         """Read off a course how its run ended."""
         finished = not course.going
-        reason = None if finished else stopped_by
+        reason = None if finished and stopped_by == "time" else stopped_by
         return cls(state, course.step, course.best_step, finished, reason)
 
 
@@ -150,6 +151,8 @@ def train(
             stopping,
             ALONE,
         )
+        # Of several processes the one that was asked last told it nobody yet.
+        stopped_by = stopped_by or stopping.agreed()
     return TrainResult.of(course, state, stopped_by)
 
 
