@@ -58,10 +58,10 @@ class Interpreted:
 
         return run
 
-    def computed(self, name: str, case: Case):
+    def computed(self, name: str, case: Case, h: np.ndarray | None = None):
         dtype = self.structures[name].dtype
         arrays = [jnp.asarray(x, "float32").astype(dtype) for x in case.arrays]
-        h = jnp.full((1, 1, 1, 1), 1.0)
+        h = jnp.ones((1, 1, 1, 1)) if h is None else jnp.asarray(h, "float32")
         mask = kreg.Mask(**{k: jax.tree.map(jnp.asarray, v) for k, v in case.mask.items()})
         with self.mode():
             found = self.compiled(name)(*arrays, mask, h)
@@ -69,14 +69,16 @@ class Interpreted:
                 lambda x: np.asarray(x.astype("float32") if x.dtype == dtype else x), found
             )
 
-    def check(self, name: str, case: Case, ties: bool = False) -> None:
+    def check(self, name: str, case: Case, ties: bool = False, h: np.ndarray | None = None) -> None:
+        """h: of the rule, 1 if not given; an array of the scores' rank."""
         s = self.structures[name]
+        cell = s.cell if h is None else s.cell_at(h)
         clean = [np.where(np.isfinite(x), x, 0) for x in case.arrays]
         scale = 1.0 if s.rule == "fixed" else None
         want = oracle.attention(
-            *clean[:3], case.bias, case.where, order=s.cell.order, rule=s.cell.rule, scale=scale
+            *clean[:3], case.bias, case.where, order=cell.order, rule=cell.rule, scale=scale
         )
-        out, stats, gradients = self.computed(name, case)
+        out, stats, gradients = self.computed(name, case, h)
         check_output(s, case, clean[2], want, out)
         check_stats(s, want, stats)
         if not (ties and s.rule == "anchored"):

@@ -1,4 +1,4 @@
-"""A train step of a Memory Mosaic, to be compiled and not run."""
+"""Train steps of Memory Mosaics, to be compiled and not run."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from experiments.runs.experiment import Experiment
 from kreg import training
 from kreg.nn import MemoryMosaic, MosaicConfig
 
@@ -29,3 +30,25 @@ def mosaic_step(documents: bool = False, **sizes: Any):
     tx = optax.adamw(1e-3)
     step = training.make_step(loss_of, tx, compute_dtype=jnp.bfloat16)
     return step, jax.eval_shape(lambda p: training.init_state(p, tx, jax.random.key(0)), params)
+
+
+def experiment_step(experiment: Experiment, config: Any, name: str = "biweight", seeds: int = 3):
+    """The step of an experiment on an accelerator: some seeds side by side in one program.
+
+    Returns it with the shapes of its states, batches and learning rates.
+    """
+    task = experiment.load_task()
+    program, data = task.build(config, name), task.load(config)
+    batches = task.batches(config, data, 0)
+    batch = next(batches)
+    batches.close()
+
+    def start(key):
+        return training.init_state(program.init(0), program.optimizer(1e-3), key)
+
+    def of_all(shapes):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((seeds, *x.shape), x.dtype), shapes)
+
+    step = training.make_steps(program.loss, program.optimizer, one_by_one=False)
+    state = jax.eval_shape(start, jax.random.key(0))
+    return step, *map(of_all, (state, batch, jnp.zeros(())))

@@ -122,6 +122,21 @@ def test_what_is_split():
     assert here.shape == (4, 64, 32)
 
 
+def test_batches_are_split_alike_where_they_are_placed_and_where_they_are_made():
+    """Rows and, where it can be, time; numbers without axes are whole."""
+    devices = Devices(2, 2, 2)
+    batch = {"even": np.zeros((8, 4)), "odd": np.zeros((8, 3)), "row": np.zeros(8)}
+    placed = devices.place_batch(batch | {"number": np.uint32(3)})
+    assert placed.pop("number").is_fully_replicated
+    with jax.set_mesh(devices.mesh):
+        made = jax.jit(lambda: devices.split_batch(jax.tree.map(jnp.asarray, batch)))()
+    for found in (placed, made):
+        rows = ("data", "fsdp")
+        assert found["even"].sharding.spec == jax.P(rows, "sequence")
+        assert found["odd"].sharding.spec == found["row"].sharding.spec == jax.P(rows)
+    assert Devices().split_batch(batch) is batch
+
+
 def test_a_run_goes_on_with_other_devices(tmp_path):
     """Checkpoints hold whole arrays: eight devices stop, one goes on, four more end it."""
 

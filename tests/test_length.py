@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 from nightly import nightly
 
-from experiments.length.batches import Keys
+from experiments.length.batches import Numbers
 from experiments.length.config import Config, check
-from experiments.length.evaluate import generate_length, make_measure, measure_length
+from experiments.length.evaluate import (
+    generate_length,
+    make_measure,
+    make_write,
+    measure_length,
+)
 from experiments.length.experiment import EXPERIMENT
 from experiments.length.model import make_model
 from experiments.length.presets import complete
 from experiments.length.published import EXACT, others
 from experiments.length.task import TASK
-from experiments.length_tasks import MQMTAR, TASKS, NBack, Sort, asentmax_layout
+from experiments.length_tasks import MQMTAR, TASKS, NBack, Sort, asentmax_layout, batch_key
 from experiments.paper import EXPERIMENTS
 from experiments.runs import command as run_command
 from experiments.runs import command_line
@@ -97,6 +102,9 @@ def test_one_command_has_a_folder_a_task(preset):
         (["--data.vary-len", "3"], ["vary_len", "3"]),
         (["--testing.samples", "0"], ["--testing.samples", "0"]),
         (["--task", "mqmtar"], ["num_q"]),
+        (["--devices", "data=3"], ["--devices", "data=3", "batch size 4"]),
+        (["--devices", "rows=2"], ["--devices", "rows=2"]),
+        (["--devices", "data=2", "--together", "2"], ["--together"]),
     ],
     ids=lambda words: " ".join(words),
 )
@@ -181,7 +189,7 @@ def test_generation_wants_the_target_and_then_eos(monkeypatch):
 
         monkeypatch.setattr("experiments.length.evaluate.generate", write)
         where = {"length": 5, "split": "test_5", "seed": 0, "samples": 1, "positions": 1}
-        return generate_length(None, task, layout, **where)
+        return generate_length(make_write(dict, layout), {}, task, layout, **where)
 
     assert rate([*target, layout.eos]) == {"generated_exact": 1.0, "bleu": pytest.approx(1.0)}
     assert rate([*target, target[0]])["generated_exact"] == 0
@@ -193,19 +201,23 @@ def test_generation_wants_the_target_and_then_eos(monkeypatch):
 def test_labels_are_not_generated():
     task = NBack(seq_len=4, vary_len=0)
     where = {"length": 4, "split": "test_4", "seed": 0, "samples": 1, "positions": 1}
-    assert generate_length(None, task, asentmax_layout(task), **where) == {}
+    assert generate_length(None, {}, task, asentmax_layout(task), **where) == {}
 
 
 # Batches and models
 
 
 def test_batches_are_functions_of_seed_and_number():
-    keys, again, other = Keys(0), Keys(0), Keys(1)
-    first = [next(keys)["key"].tolist() for _ in range(4)]
+    def key(numbers):
+        batch = next(numbers)
+        return jax.random.key_data(batch_key(batch["seed"], "train", batch["number"])).tolist()
+
+    numbers, again, other = Numbers(0), Numbers(0), Numbers(1)
+    first = [key(numbers) for _ in range(4)]
     assert len(set(map(tuple, first))) == 4
     again.set_state({"next_index": 2})
-    assert next(again)["key"].tolist() == first[2] and again.get_state() == {"next_index": 3}
-    assert next(other)["key"].tolist() != first[0]
+    assert key(again) == first[2] and again.get_state() == {"next_index": 3}
+    assert key(other) != first[0]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +233,7 @@ def test_loss_of_every_task_starts_at_chance(task):
     training = dataclasses.replace(config.training, batch_size=2)
     config = dataclasses.replace(config, sizes=sizes, training=training)
     program = TASK.build(config, "softmax")
-    loss, _ = jax.jit(program.loss)(program.init(0), next(Keys(0)), jax.random.key(0))
+    loss, _ = jax.jit(program.loss)(program.init(0), next(Numbers(0)), jax.random.key(0))
     layout = asentmax_layout(TASKS[task].task)
     assert float(loss) == pytest.approx(np.log(layout.classes), abs=0.05)
 
@@ -257,7 +269,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(finished, tmp_path, monkeypatc
     class Killed(BaseException):
         pass
 
-    whole = Keys.__next__
+    whole = Numbers.__next__
 
     def killed(self):
         if self.get_state()["next_index"] == 6:
@@ -266,7 +278,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(finished, tmp_path, monkeypatc
 
     words = [*MICRO, "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(Keys, "__next__", killed)
+        patch.setattr(Numbers, "__next__", killed)
         with pytest.raises(Killed):
             main(words)
     assert not (tmp_path / "softmax" / "seed0" / "result.json").exists()

@@ -5,6 +5,7 @@ bounds and knows no races. A few go through the interpreter that simulates memor
 what nobody has written is NaN there, reads out of bounds and races raise.
 """
 
+import collections
 import functools
 import itertools
 
@@ -21,7 +22,7 @@ from test_contract import CAUSAL, Structure
 
 import kreg
 from kreg.canonical import canonical
-from pallas_kernels.mosaic_tpu import ATTENTION, attention, sizes
+from pallas_kernels.mosaic_tpu import ATTENTION, attention, sizes, tiles
 
 SMALL = {"B": 1, "N": 2, "K": 1, "H": 16, "V": 16}
 SIMULATED = {
@@ -94,6 +95,37 @@ def test_kernels_keep_the_contract_in_simulated_memory(name, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
+def simulating(**options) -> Interpreted:
+    """Another interpreter that simulates memories."""
+    parameters = pltpu.InterpretParams(detect_races=True, **options)
+    mode = functools.partial(pltpu.force_tpu_interpret_mode, parameters)
+    return Interpreted("mosaic_tpu", mode, SIMULATED)
+
+
+SIMULATORS = {
+    "two cores": simulating(num_cores_or_threads=2),
+    "two cores, in any order": simulating(num_cores_or_threads=2, random_seed=0),
+    "copies at once": simulating(dma_execution_mode="eager"),
+    "two cores, copies at once": simulating(num_cores_or_threads=2, dma_execution_mode="eager"),
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIMULATED)
+@pytest.mark.parametrize("simulator", SIMULATORS)
+def test_programs_run_side_by_side_and_copies_when_they_will(simulator, name, capfd):
+    """v4 and v5p share a grid between two cores; a copy is done at any time until it is waited for.
+
+    What the cores find is what one finds, to the last bit.
+    """
+    case = drawn(SIMULATED[name], 1, 2.0, parts=63)
+    SIMULATORS[simulator].check(name, case)
+    assert "RACE DETECTED" not in capfd.readouterr().out
+    found, one = (x.computed(name, case) for x in (SIMULATORS[simulator], SLOW))
+    jax.tree.map(np.testing.assert_array_equal, found, one)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -117,6 +149,25 @@ def test_kernels_keep_the_contract_under_every_mask(name, parts):
             QUICK.check(name, drawn(WIDE[name], seed, spread, parts, ties), ties)
 
 
+# Whether h differs by batch entry, head and query.
+BANDWIDTHS = {"heads": (0, 1, 0), "queries": (0, 0, 1), "all": (1, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        pytest.param(*case, marks=NIGHTLY[:1] if case == ("causal", "heads") else NIGHTLY)
+        for case in itertools.product(("causal", "many keys", "anchored", "fixed"), BANDWIDTHS)
+    ],
+)
+def test_bandwidths_of_heads_and_queries(name, of):
+    """And the gradient of each."""
+    shape = WIDE[name].shape
+    sizes = np.where(BANDWIDTHS[of], (shape.B, shape.N, shape.T), 1)
+    h = np.random.default_rng(0).uniform(0.75, 1.5, (*sizes, 1)).astype("float32")
+    QUICK.check(name, drawn(WIDE[name], 0, 1.0, MASKS["all"]), h=h)
+
+
 def topics(length: int, width: int, seed: int = 0):
     """Queries, keys and values in runs of 128 that have to do with each other, but for the last."""
     rng = np.random.default_rng(seed)
@@ -124,6 +175,12 @@ def topics(length: int, width: int, seed: int = 0):
     topics[-128:] = 0
     query, key, value = rng.normal(size=(3, 1, length, 1, width))
     return [rounded(x, "bfloat16") for x in (query + topics, key + topics, value)]
+
+
+def bits(live) -> np.ndarray:
+    """By block of queries, which pieces are live, of one head."""
+    apart = np.asarray(live[0, 0, :, 0])[..., None] >> np.arange(2) & 1
+    return apart.reshape(len(apart), -1)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +202,7 @@ def test_pieces_without_weight_are_skipped_and_no_others(monkeypatch, name, orde
     want = oracle.attention(*arrays, bias, where, order=order, rule=oracle.Rule("adaptive", 1.0, 0))
     pieces = length // piece
     weight = (want.rows.p > 1e-7)[0, 0].reshape(pieces, piece, pieces, piece).any((1, 3))
-    live, work = np.asarray(found.live[0, 0, :, 0]), np.asarray(found.work[0, 0, :, 0])
-    live = (live[..., None] >> np.arange(2) & 1).reshape(pieces, -1)[:, :pieces]
+    live, work = bits(found.live)[:, :pieces], np.asarray(found.work[0, 0, :, 0])
     assert not np.any(weight & (live == 0))
     first, refined, last, passes = work.T
     np.testing.assert_array_equal(first, np.arange(1, pieces + 1))  # all keys are met once
@@ -157,6 +213,65 @@ def test_pieces_without_weight_are_skipped_and_no_others(monkeypatch, name, orde
         np.testing.assert_array_equal(last[:-1], 1)
     else:
         assert passes.max() == 1  # exact after one pass: the other finds nothing to do
+
+
+def with_weight(density: float, blocks: int = 8, pieces: int = 20, size: int = 128):
+    """Which pieces have weight for which blocks of queries, and queries, keys and values."""
+    rng = np.random.default_rng(0)
+    live = np.arange(pieces) == rng.integers(0, pieces, (blocks, 1))
+    others = rng.permutation(np.flatnonzero(~live))
+    live.flat[others[: round(density * live.size) - blocks]] = True
+    noise = [rng.normal(size=(n * size, 8)) for n in (blocks, pieces, pieces)]
+    query = np.concatenate([np.repeat(8.0 * live, size, 0), noise[0]], axis=1)
+    key = np.concatenate([np.repeat(8.0 * np.eye(pieces), size, 0), noise[1]], axis=1)
+    return live, [jnp.asarray(x[None, :, None], "bfloat16") for x in (query, key, noise[2])]
+
+
+@pytest.mark.slow
+def test_products_are_as_many_as_pieces_with_weight(monkeypatch):
+    """Counted where they are formed; scores in the passes that search are in the work, too."""
+    counter, form = collections.Counter(), tiles._dot
+
+    def counted(plan, left, right, contracted):
+        jax.debug.callback(lambda: counter.update([contracted]))
+        return form(plan, left, right, contracted)
+
+    monkeypatch.setattr(tiles, "_dot", counted)
+
+    @jax.jit
+    def attend(query, key, value):
+        return ATTENTION.found(canonical(query, key, value, kernel=kreg.biweight, scale=1.0))
+
+    @jax.jit
+    def pull(query, key, value):
+        def attend(query, key, value):
+            return kreg.attention(query, key, value, scale=1.0, implementation="mosaic_tpu")
+
+        return jax.grad(lambda *inputs: attend(*inputs).sum(), (0, 1, 2))(query, key, value)
+
+    def run(function, *inputs):
+        counter.clear()
+        found = jax.block_until_ready(function(*inputs))
+        jax.effects_barrier()
+        return found, [counter[x] for x in (tiles._DOWN, tiles._INNER, tiles._LAST)]
+
+    for density in (0.05, 0.15, 0.42, 1.0):
+        live, arrays = with_weight(density)
+        n = live.sum()
+        with as_xla():
+            found, (scores, averages, _) = run(attend, *arrays)
+            _, of_both = run(pull, *arrays)
+        np.testing.assert_array_equal(bits(found.live)[:, : live.shape[1]], live)
+        first, refined, last, _ = np.asarray(found.work[0, 0, :, 0]).sum(0)
+        assert (first, last) == (live.size, n) and refined <= 3 * live.size
+        # Every piece is scored once, then what is left on the list; two averages of what is live.
+        assert scores == first + refined + last and averages == 2 * n
+        # Of a live piece scores and what flows back, in both kernels, then dq; dk and dv.
+        assert [x - y for x, y in zip(of_both, (scores, averages, 0), strict=True)] == [
+            4 * n,
+            n,
+            2 * n,
+        ]
 
 
 def test_two_runs_agree_and_rows_do_not_depend_on_others():
@@ -175,31 +290,37 @@ def test_two_runs_agree_and_rows_do_not_depend_on_others():
     assert np.all(np.isnan(other[0, 70]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "bandwidth",
+    ("bandwidth", "queries", "keys"),
     [
-        pytest.param(kreg.Adaptive(), marks=pytest.mark.slow),
-        pytest.param(kreg.Anchored(), marks=NIGHTLY),
+        (kreg.Adaptive(), 140, 140),
+        pytest.param(kreg.Anchored(), 140, 140, marks=NIGHTLY),
+        *(pytest.param(rule(), 300, 700, marks=NIGHTLY) for rule in (kreg.Adaptive, kreg.Anchored)),
     ],
 )
-def test_several_runs_side_by_side_drop_what_each_drops_alone(bandwidth):
+def test_several_runs_side_by_side_drop_what_each_drops_alone(bandwidth, queries, keys):
     """vmap over all arguments, the dropout's key too; the reference draws the same."""
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.normal(size=(2, 1, 140, n, 16)), "float32") for n in (2, 1, 1)]
-    keys = jax.random.split(jax.random.key(0), 2)
+    sizes = (queries, 2), (keys, 1), (keys, 1)
+    arrays = [jnp.asarray(rng.normal(size=(2, 1, *size, 16)), "float32") for size in sizes]
+    dropout_keys = jax.random.split(jax.random.key(0), 2)
 
     def gradients(implementation, query, key, value, dropout_key):
         def loss(query, key, value):
             out = kreg.attention(
-                query, key, value, bandwidth=bandwidth, is_causal=True, dropout_rate=0.3,
-                dropout_key=dropout_key, implementation=implementation,
+                query, key, value, bandwidth=bandwidth, is_causal=True,
+                causal_offset=keys - queries, dropout_rate=0.3, dropout_key=dropout_key,
+                implementation=implementation,
             )  # fmt: skip
             return jnp.sum(jnp.sin(3 * out))
 
         return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
 
     def both(implementation):
-        return jax.jit(jax.vmap(functools.partial(gradients, implementation)))(*arrays, keys)
+        return jax.jit(jax.vmap(functools.partial(gradients, implementation)))(
+            *arrays, dropout_keys
+        )
 
     with as_xla():
         found = both("mosaic_tpu")

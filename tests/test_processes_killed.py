@@ -137,15 +137,41 @@ def test_a_language_model_of_two_processes_is_that_of_one(tmp_path):
         *("--sizes.width", "32", "--sizes.heads", "2", "--sizes.slots", "32"),
         *("--tokens", str(tmp_path / "tokens")),
     ]
-    command = ("-m", "experiments.language", *tiny)
-    two = ("-m", "experiments.launch.local", "--processes", "2", "--devices-per-process", "2")
-    devices = ("--devices", "fsdp=2,sequence=2")
-    finish(start(*command, "--out", str(tmp_path / "one")))
-    finish(start(*two, sys.executable, *command, *devices, "--out", str(tmp_path / "two")))
-    one, other = (
-        json.loads((tmp_path / name / "biweight/seed0/result.json").read_text())
-        for name in ("one", "two")
-    )
+    one, other = of_one_and_of_two(tmp_path, "experiments.language", *tiny)
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
     assert one["by_position"] == pytest.approx(other["by_position"], rel=1e-5)
     np.testing.assert_allclose(one["support"], other["support"], rtol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("model", ["mosaic", "transformer"])
+def test_sequences_drawn_by_two_processes_are_those_of_one(model, tmp_path):
+    """Learned from, read, counted and generated, numbers that the devices do not divide."""
+    pytest.importorskip("matplotlib")
+    tiny = [
+        *("--task", "copy", "--model", model, "--methods", "biweight", "--data.seq-len", "5"),
+        *("--data.vary-len", "2", "--data.validation", "6", "--testing.samples", "6"),
+        *("--testing.generated", "3", "--testing.generated-lengths", "2"),
+        *("--testing.multiples", "1", "2", "--training.steps", "12", "--training.warmup", "2"),
+        *("--training.evaluations", "2", "--training.batch-size", "8", "--sizes.layers", "1"),
+        *("--sizes.width", "32", "--sizes.heads", "2", "--sizes.hidden", "40"),
+    ]
+    one, other = of_one_and_of_two(tmp_path, "experiments.length", *tiny)
+    for found, expected in zip(other["lengths"].values(), one["lengths"].values(), strict=True):
+        assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-5)
+        np.testing.assert_allclose(found.pop("support"), expected.pop("support"), rtol=1e-2)
+        assert found == expected
+
+
+def of_one_and_of_two(folder: Path, *command: str) -> tuple[dict, dict]:
+    """Results of a command as one process on one device, and as two on two each."""
+    two = ("-m", "experiments.launch.local", "--processes", "2", "--devices-per-process", "2")
+    devices = ("--devices", "fsdp=2,sequence=2")
+    finish(start("-m", *command, "--out", str(folder / "one")))
+    finish(start(*two, sys.executable, "-m", *command, *devices, "--out", str(folder / "two")))
+    one, other = (
+        json.loads((folder / name / "biweight/seed0/result.json").read_text())
+        for name in ("one", "two")
+    )
+    return one, other

@@ -31,10 +31,11 @@ PROGRAMS: dict[str, dict[str, Any]] = {
 }
 
 
-def attention(width, length=2048, dtype=jnp.bfloat16, heads=2, key_heads=1, **options):
-    """Attention with its gradients, and the shapes of its arguments."""
+def attention(width, length=2048, keys=None, dtype=jnp.bfloat16, heads=2, key_heads=1, **options):
+    """Attention with its gradients, and the shapes of its arguments; as many keys as queries."""
     options = {"implementation": "mosaic_tpu", "is_causal": True} | options
-    query, key = (jax.ShapeDtypeStruct((1, length, n, width), dtype) for n in (heads, key_heads))
+    sizes = (length, heads), (keys or length, key_heads)
+    query, key = (jax.ShapeDtypeStruct((1, *size, width), dtype) for size in sizes)
 
     def both(query, key, value, dout):
         attend = functools.partial(kreg.attention, **options)

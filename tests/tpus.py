@@ -76,12 +76,24 @@ class Kernel:
 class Program:
     """A compiled function, its kernels in the order of their names; of two that are equal one.
 
+    calls: the names of all kernels that it calls, which are there though nobody told about them.
+    argument_bytes, output_bytes, temporary_bytes: on one device; reused_bytes: of arguments that
+        are given up for outputs.
     collectives: how often devices talk to each other, by kind, as it is written.
     """
 
+    argument_bytes: int
+    output_bytes: int
+    reused_bytes: int
     temporary_bytes: int
+    calls: list[str]
     kernels: list[Kernel]
     collectives: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """What the device holds while it runs."""
+        return self.argument_bytes + self.output_bytes - self.reused_bytes + self.temporary_bytes
 
 
 def meant_for(generation: str) -> contextlib.AbstractContextManager:
@@ -115,16 +127,28 @@ def compiled(function: Callable, *shapes: Any, generation: str = "v5e") -> Progr
     for file in _told().iterdir():
         file.unlink()
     where = use_abstract_mesh(*(m.abstract_mesh for m in meshes)) if meshes else None
+    # What is compiled already says itself which arguments it gives up.
+    function = function if hasattr(function, "lower") else jax.jit(function)
     with where or meant_for(generation):
-        executable = jax.jit(function).lower(*jax.tree.map(placed, shapes)).compile()
+        executable = function.lower(*jax.tree.map(placed, shapes)).compile()
     text = executable.as_text()
-    names = re.findall(r'%(\S+) = .*custom_call_target="tpu_custom_call"', text)
+    names = sorted(re.findall(r'%(\S+) = .*custom_call_target="tpu_custom_call"', text))
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    memory = executable.memory_analysis()
     return Program(
-        executable.memory_analysis().temp_size_in_bytes,
-        [_kernel(name) for name in sorted(names) if _files(name, USE)],
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        [_plain(name) for name in names],
+        [_kernel(name) for name in names if _files(name, USE)],
         collections.Counter(re.findall(rf"\b({kinds})(?:-start)?\(", text)),
     )
+
+
+def _plain(name: str) -> str:
+    """A kernel's name without the number that tells it from others of the name."""
+    return re.sub(r"\.\d+$", "", name)
 
 
 def _kernel(name: str) -> Kernel:
@@ -135,7 +159,7 @@ def _kernel(name: str) -> Kernel:
     used = np.array([line.split() for line in bundles], int).sum(0)
     slots = dict(zip(units.split(", "), used.tolist(), strict=True))
     return Kernel(
-        re.sub(r"\.\d+$", "", name),
+        _plain(name),
         len(bundles),
         slots,
         slots["VSTORE:SPILL"],
@@ -170,13 +194,17 @@ def devices(generation: str) -> list[Any]:
 
 @functools.cache
 def _told() -> Path:
-    """The folder that the compiler's words go to: one a process, from before libtpu is loaded."""
+    """The folder that the compiler's words go to: one a process, from before libtpu is loaded.
+
+    LIBTPU_INIT_ARGS="" asks for none.
+    """
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ["LIBTPU_INIT_ARGS"] = (
+    words = (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         f" --xla_jf_dump_llo_pass_label_regex=.*{USE}|{CODE}"
     )
+    os.environ.setdefault("LIBTPU_INIT_ARGS", words)
     return Path(folder)

@@ -29,7 +29,7 @@ from experiments.runs.experiment import DataError
 from experiments.runs.task import Program, Task, devices_of, layout_of, matrix_decay, operations
 from kreg.sharding import Layout
 from kreg.training import batches, decay_matrices
-from kreg.training.data import Batch, BatchIterator, Source, stack
+from kreg.training.data import Batch, BatchIterator, Source
 from kreg.training.optimizer import names
 from kreg.training.writer import fetch
 
@@ -132,7 +132,10 @@ def _program(
     @jax.jit
     def count(params, batch: dict[str, Array]) -> supports.Counts:
         built = nnx.merge(graph, narrow(params))
-        return supports.count(built, batch["tokens"], batch.get("segment_ids"))
+        # All positions of the rows that are not there to fill the batch.
+        given = jnp.any(batch["labels"] != text.IGNORED_LABEL, axis=1, keepdims=True)
+        inside = jnp.broadcast_to(given, batch["labels"].shape)
+        return supports.count(built, batch["tokens"], batch.get("segment_ids"), inside)
 
     def init(seed: int) -> PyTree[Array]:
         return nnx.to_pure_dict(nnx.state(model(seed), nnx.Param))
@@ -174,14 +177,10 @@ def _cast(params: PyTree[Array], dtype: jnp.dtype) -> PyTree[Array]:
 
 def _support(count: Any, params: PyTree[Array], data: Data) -> dict[str, Any]:
     """Average the support over the first rows; [] where a method has none."""
-    size = min(supports.ROWS, len(data.rows), data.batch_size)
     rows = [data.rows[index] for index in range(min(supports.ROWS, len(data.rows)))]
-    whole = len(rows) // size * size
+    batches = held_out(rows, data.batch_size, data.validation.end)
     try:
-        found = [
-            fetch(count(params, stack(rows[start : start + size])))
-            for start in range(0, whole, size)
-        ]
+        found = [fetch(count(params, batch)) for batch in batches]
     except NotImplementedError:
         return {"support": []}
     return supports.summary(found)

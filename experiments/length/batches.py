@@ -1,34 +1,34 @@
-"""Training batches by number: keys, of which the compiled step draws its sequences."""
+"""Training batches by number; the compiled step draws their sequences itself."""
 
 from typing import Self
 
-import jax
 import numpy as np
 
-from experiments.length_tasks import batch_key
+from experiments.length_tasks import device_seed
 
 
-class Keys:
-    """Iterate over the keys of a seed's batches; batch n is a function of (seed, n) alone.
+class Numbers:
+    """Iterate over the numbers of a seed's batches; batch n is a function of (seed, n) alone.
 
-    >>> keys = Keys(seed=0)
-    >>> first = next(keys)["key"]
-    >>> keys.set_state({"next_index": 0})
-    >>> bool((next(keys)["key"] == first).all()), keys.get_state()
-    (True, {'next_index': 1})
+    Numbers have no axes, so that they are whole on every device (`kreg.training.Devices`).
+
+    >>> numbers = Numbers(seed=5)
+    >>> next(numbers)
+    {'seed': array(5, dtype=uint32), 'number': array(0, dtype=uint32)}
+    >>> numbers.get_state()
+    {'next_index': 1}
     """
 
     def __init__(self, seed: int) -> None:
-        self._next = 0
-        self._key = jax.jit(lambda step: jax.random.key_data(batch_key(seed, "train", step)))
+        self._next, self._seed = 0, np.asarray(device_seed(seed))
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        key = np.asarray(self._key(np.uint32(self._next)))
+        number = np.asarray(np.uint32(self._next))
         self._next += 1
-        return {"key": key}
+        return {"seed": self._seed, "number": number}
 
     def get_state(self) -> dict:
         return {"next_index": self._next}

@@ -12,22 +12,28 @@ from experiments.length.config import Config
 from experiments.length_tasks import Layout
 from experiments.methods import method
 from kreg.nn import MemoryMosaic, MosaicConfig, Transformer, TransformerConfig
+from kreg.sharding import Layout as Split
 
 # (parameters, tokens, dropout key or None) -> logits
 type Apply = Callable[[PyTree[Array], Int[Array, "B T"], Array | None], Float[Array, "B T C"]]
 type Model = MemoryMosaic | Transformer
+type Merge = Callable[[PyTree[Array]], Model]
 
 
-def make_model(config: Config, name: str, layout: Layout, seed: int) -> Model:
-    """Build the model of a method with its initial parameters.
+def make_model(
+    config: Config, name: str, layout: Layout, seed: int, split: Split | None = None
+) -> Model:
+    """Build the model of a method with its initial parameters, to be split over devices or not.
 
     It has a row of the vocabulary for every id and for every class, whichever are more.
     """
     build = _mosaic if config.model == "mosaic" else _transformer
-    return build(config, name, max(layout.vocab_size, layout.classes), seed)
+    return build(config, name, max(layout.vocab_size, layout.classes), seed, split)
 
 
-def _mosaic(config: Config, name: str, vocab_size: int, seed: int) -> MemoryMosaic:
+def _mosaic(
+    config: Config, name: str, vocab_size: int, seed: int, split: Split | None
+) -> MemoryMosaic:
     sizes = config.sizes
     about = MosaicConfig(
         vocab_size=vocab_size,
@@ -39,11 +45,14 @@ def _mosaic(config: Config, name: str, vocab_size: int, seed: int) -> MemoryMosa
         attention_dropout=sizes.dropout,
         hidden_dropout=sizes.dropout,
         tie_weights=sizes.tied,
+        layout=split,
     )
     return MemoryMosaic(about, rngs=nnx.Rngs(seed))
 
 
-def _transformer(config: Config, name: str, vocab_size: int, seed: int) -> Transformer:
+def _transformer(
+    config: Config, name: str, vocab_size: int, seed: int, split: Split | None
+) -> Transformer:
     sizes, chosen = config.sizes, method(name)
     # Fixed thresholds are of cosines, and biases would make them something else.
     fixed = chosen.kernel != kreg.gaussian and isinstance(chosen.bandwidth(1.0), kreg.Fixed)
@@ -64,6 +73,7 @@ def _transformer(config: Config, name: str, vocab_size: int, seed: int) -> Trans
         hidden_dropout=sizes.dropout,
         embedding_dropout=sizes.dropout,
         tie_weights=sizes.tied,
+        layout=split,
     )
     return Transformer(about, rngs=nnx.Rngs(seed))
 
@@ -73,14 +83,14 @@ def initial(config: Config, name: str, layout: Layout, seed: int) -> PyTree[Arra
     return nnx.to_pure_dict(nnx.state(make_model(config, name, layout, seed), nnx.Param))
 
 
-def merger(config: Config, name: str, layout: Layout) -> Callable[[PyTree[Array]], Model]:
+def merger(config: Config, name: str, layout: Layout, split: Split | None = None) -> Merge:
     """Return what makes a model of parameters."""
-    abstract = nnx.eval_shape(lambda: make_model(config, name, layout, 0))
+    abstract = nnx.eval_shape(lambda: make_model(config, name, layout, 0, split))
     graph, _ = nnx.split(abstract, nnx.Param)
     return lambda params: nnx.merge(graph, params)
 
 
-def applier(merge: Callable[[PyTree[Array]], Model], layout: Layout, *, drops: bool) -> Apply:
+def applier(merge: Merge, layout: Layout, *, drops: bool) -> Apply:
     """Return the model as a function; with `drops` False it ignores dropout keys."""
 
     def apply(

@@ -8,20 +8,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from experiments import supports
-from experiments.length.batches import Keys
+from experiments.length.batches import Numbers
 from experiments.length.config import Config
 from experiments.length.evaluate import (
     generate_length,
+    make_count,
     make_measure,
+    make_write,
     measure_length,
     support_length,
 )
 from experiments.length.model import applier, initial, merger
 from experiments.length.tasks import task_of
-from experiments.length_tasks import IGNORED, asentmax_layout, device_batch
-from experiments.runs.task import Program, Task, matrix_decay, operations
-from kreg.training import mean_token_cross_entropy
+from experiments.length_tasks import IGNORED, asentmax_layout, batch_key, device_batch
+from experiments.runs.task import Program, Task, devices_of, matrix_decay, operations
+from kreg.training import Devices, mean_token_cross_entropy
 from kreg.training.data import BatchIterator
 
 # Sequences of each length whose supports are counted: all their queries, so a few will do.
@@ -40,15 +41,20 @@ def _program(config: Config, name: str) -> Program:
     task = task_of(config)
     layout = asentmax_layout(task)
     training, testing, seed = config.training, config.testing, config.data.seed
-    tables = jax.tree.map(jnp.asarray, task.tables(seed, "train"))
-    merge = merger(config, name, layout)
+    tables = task.tables(seed, "train")
+    devices = devices_of(config) or Devices()
+    merge = merger(config, name, layout, devices.layout)
     apply = applier(merge, layout, drops=config.sizes.dropout > 0)
-    measure = make_measure(apply, task, layout)
-    count = jax.jit(lambda params, tokens: supports.count(merge(params), tokens))
+    measure = make_measure(apply, task, layout, devices)
+    count = make_count(merge, devices)
+    write = make_write(merger(config, name, layout), layout, devices)
 
     def loss(params: PyTree[Array], batch: dict[str, Array], key: Array):
-        drawn: Any = device_batch(
-            task, layout, jax.random.wrap_key_data(batch["key"]), training.batch_size, tables
+        which = batch_key(batch["seed"], "train", batch["number"])
+        shared = jax.tree.map(jnp.asarray, tables)
+        # Each device draws its own rows.
+        drawn: Any = devices.split_batch(
+            device_batch(task, layout, which, training.batch_size, shared)
         )
         logits = apply(params, drawn.inputs, key)
         return mean_token_cross_entropy(logits, drawn.labels, ignore=IGNORED), {}
@@ -67,19 +73,20 @@ def _program(config: Config, name: str) -> Program:
             seed=seed,
             samples=config.data.validation,
             positions=testing.positions,
+            devices=devices,
         )
 
     def test(params: PyTree[Array], data: None) -> dict[str, Any]:
-        model, found = merge(params), {}
+        found = {}
         for number, length in enumerate(config.lengths):
             where: dict[str, Any] = {"length": length, "split": f"test_{length}", "seed": seed}
-            where |= {"positions": testing.positions}
+            where |= {"positions": testing.positions, "devices": devices}
             scores = measure_length(measure, params, task, layout, samples=testing.samples, **where)
             few = min(SUPPORT_SAMPLES, testing.samples)
             scores |= support_length(count, params, task, layout, samples=few, **where)
             if number < testing.generated_lengths:
                 few = min(testing.generated, testing.samples)
-                scores |= generate_length(model, task, layout, samples=few, **where)
+                scores |= generate_length(write, params, task, layout, samples=few, **where)
             found[str(length)] = scores
         return {"lengths": found}
 
@@ -105,7 +112,7 @@ def _describe(config: Config, data: None) -> tuple[dict[str, Any], str]:
 
 
 def _batches(config: Config, data: None, seed: int) -> BatchIterator:
-    return Keys(seed)
+    return Numbers(seed)
 
 
 def _tokens_per_batch(config: Config, data: None) -> int:

@@ -41,6 +41,7 @@ from experiments.length_tasks.metrics import add as add
 from experiments.length_tasks.metrics import teacher_forced as teacher_forced
 from experiments.length_tasks.mqmtar import MQMTAR as MQMTAR
 from experiments.length_tasks.randomness import batch_key as batch_key
+from experiments.length_tasks.randomness import device_seed as device_seed
 from experiments.length_tasks.rearranging import Copy as Copy
 from experiments.length_tasks.rearranging import Reverse as Reverse
 from experiments.length_tasks.rearranging import Sort as Sort

@@ -172,19 +172,32 @@ def host_random(seed: int, split: str, index: int = 0, *, purpose: int = SAMPLES
     return HostRandom(np.random.Generator(np.random.Philox(key=key, counter=counter)))
 
 
-def batch_key(seed: int, split: str, step: Int) -> jax.Array:
-    """Return the key of batch `step` of a split; the step may be traced.
+def batch_key(seed: Int, split: str, step: Int) -> jax.Array:
+    """Return the key of batch `step` of a split; both numbers may be traced.
+
+    Args:
+        seed: where it is traced, one of `device_seed`.
 
     Raises:
         ValueError: the seed is negative or above 2^32 - 1.
     """
-    _require_seed(seed)
-    if seed >= 2**32:
-        raise ValueError(f"seed: expected at most 2^32 - 1 on the device, got {seed}")
-    key = jax.random.fold_in(jax.random.key(0), np.uint32(seed))
+    seed = seed if isinstance(seed, jax.Array) else device_seed(int(seed))
+    key = jax.random.fold_in(jax.random.key(0), seed)
     for word in np.frombuffer(_digest(split), "<u4"):
         key = jax.random.fold_in(key, word)
     return jax.random.fold_in(key, step)
+
+
+def device_seed(seed: int) -> np.uint32:
+    """Return a seed as the device takes it.
+
+    Raises:
+        ValueError: it is negative or above 2^32 - 1.
+    """
+    _require_seed(seed)
+    if seed >= 2**32:
+        raise ValueError(f"seed: expected at most 2^32 - 1 on the device, got {seed}")
+    return np.uint32(seed)
 
 
 def _require_seed(seed: int) -> None:

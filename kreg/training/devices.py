@@ -137,6 +137,8 @@ class Devices:
     ) -> PyTree[Array]:
         """Split a batch by rows and time; arrays that lie on the mesh already stay as they are.
 
+        Numbers without axes, of which a step draws its rows itself, are whole on every device.
+
         Args:
             batch: arrays with a row of the batch each, time next.
             batch_size: rows of the whole batch where the arrays hold no more than this process's
@@ -147,10 +149,11 @@ class Devices:
         def one(leaf):
             if isinstance(leaf, jax.Array) and leaf.sharding.device_set == everywhere:
                 return leaf
+            if leaf.ndim == 0:
+                return _put(leaf, NamedSharding(self.mesh, PartitionSpec()))
             size = leaf.shape[0] if batch_size is None else batch_size
             here = self.rows(size)
-            has_time = leaf.ndim > 1 and leaf.shape[1] % self.sequence == 0
-            split = NamedSharding(self.mesh, PartitionSpec(ROWS, *(("sequence",) * has_time)))
+            split = NamedSharding(self.mesh, self._of_rows(leaf.shape))
             if batch_size is None:
                 return _put(leaf, split)
 
@@ -163,6 +166,21 @@ class Devices:
             return jax.make_array_from_callback((size, *leaf.shape[1:]), split, part)
 
         return jax.tree.map(one, batch)
+
+    def split_batch(self, batch: PyTree[Array]) -> PyTree[Array]:
+        """Have the rows that a compiled function makes lie as `place_batch` puts those of a batch.
+
+        To be traced under `jax.set_mesh`; on one device it does nothing.
+        """
+        if self.count == 1:
+            return batch
+        return jax.tree.map(
+            lambda rows: jax.lax.with_sharding_constraint(rows, self._of_rows(rows.shape)), batch
+        )
+
+    def _of_rows(self, shape: tuple[int, ...]) -> PartitionSpec:
+        has_time = len(shape) > 1 and shape[1] % self.sequence == 0
+        return PartitionSpec(ROWS, *(("sequence",) if has_time else ()))
 
     def keeping(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Let a step return its state split as `shardings` says, and its metrics whole."""
