@@ -9,11 +9,14 @@ import oracle
 import pytest
 from attention_inputs import Shape, draw, rounded
 from cells import FOUR, Cell, cells
+from nightly import nightly
 from tolerances import TOLERANCES
 
 import kreg
 
 IMPLEMENTATIONS = ("reference", "xla")
+# Where the contract (test_contract.py) has the same of both.
+MOSTLY_XLA = nightly(IMPLEMENTATIONS, but=["xla"])
 SMALL = Shape(B=2, T=9, S=13, N=4, K=2, H=4, V=3)
 BIWEIGHT = Cell("biweight", "adaptive", 1.0)
 
@@ -57,7 +60,7 @@ def test_every_cell(cell, implementation):
     agree(arrays, cell, implementation, scale=1.0)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", MOSTLY_XLA)
 @pytest.mark.parametrize("length", [63, 257, 300])
 @pytest.mark.slow
 def test_ragged_lengths(length, implementation):
@@ -65,7 +68,7 @@ def test_ragged_lengths(length, implementation):
     agree(arrays, BIWEIGHT, implementation, is_causal=True)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", MOSTLY_XLA)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("cell", [BIWEIGHT, Cell("epanechnikov", "fixed", 1.3)], ids=str)
 @pytest.mark.core
@@ -104,7 +107,7 @@ BROADCASTS = [(B, N, T, S), (1, 1, T, S), (B, 1, T, S), (1, N, T, S), (B, 1, 1, 
 BROADCASTS += [(B, N, T, 1), (1, 1, 1, 1), (T, S)]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", MOSTLY_XLA)
 @pytest.mark.parametrize("shape", BROADCASTS, ids=str)
 @pytest.mark.slow
 def test_mask_and_bias_broadcast(shape, implementation):
@@ -115,7 +118,7 @@ def test_mask_and_bias_broadcast(shape, implementation):
     agree(arrays, BIWEIGHT, implementation, bias=bias, mask=mask)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", MOSTLY_XLA)
 @pytest.mark.parametrize("offset", [0, -1, 4, -3, np.array([2, -5], np.int32)], ids=str)
 @pytest.mark.slow
 def test_causal_offset(offset, implementation):
@@ -146,7 +149,7 @@ def test_first_position_of_a_memory_is_zero(implementation):
     assert all(np.all(np.asarray(g)[:, -1] == 0) for g in gradients[1:])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", MOSTLY_XLA)
 @pytest.mark.slow
 def test_lengths_only_mask(implementation):
     *arrays, _ = draw(SMALL, spherical=False)
@@ -265,7 +268,7 @@ def test_nothing_leaks_from_inadmissible_keys(cell, implementation):
         assert np.all(np.asarray(gradient)[:, [0, 5, S - 1]] == 0)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", MOSTLY_XLA)
 @pytest.mark.slow
 def test_biases_of_minus_infinity_are_inadmissible(implementation):
     *arrays, _ = draw(SMALL, spherical=False)
@@ -312,7 +315,7 @@ def test_a_row_does_not_feel_its_neighbours(kernel, implementation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", MOSTLY_XLA)
 def test_vmap_scan_remat_jit(implementation):
     query, key, value, _ = (jnp.asarray(a, "float32") for a in draw(Shape(B=6, T=9, S=9)))
 

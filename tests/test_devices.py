@@ -34,15 +34,15 @@ def alone(steps: int, dtype: str) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", ALL, ids=str)
-def test_losses_do_not_depend_on_the_devices(devices):
+@pytest.mark.parametrize(
+    ("dtype", "steps", "tolerance"),
+    [pytest.param("float32", 10, 1e-5, marks=pytest.mark.nightly), ("float64", 50, 1e-9)],
+)
+def test_losses_do_not_depend_on_the_devices(devices, dtype, steps, tolerance):
     """Dropout, packed documents, averages that go on from device to device, AdamW and clipping."""
-    np.testing.assert_allclose(
-        losses(devices, 10, "float32"), alone(10, "float32"), rtol=1e-5, atol=0
-    )
-    with jax.enable_x64(True):
-        np.testing.assert_allclose(
-            losses(devices, 50, "float64"), alone(50, "float64"), rtol=1e-9, atol=0
-        )
+    with jax.enable_x64(dtype == "float64"):
+        found = losses(devices, steps, dtype)
+        np.testing.assert_allclose(found, alone(steps, dtype), rtol=tolerance, atol=0)
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def attend(mask, implementation):
 
 
 NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
-WHEN = dict.fromkeys(("packed, causal", "tiles", "offset a batch"), pytest.mark.slow)
+WHEN = {"packed, causal": pytest.mark.slow}
 
 
 def names() -> list:
@@ -154,6 +154,7 @@ def test_spans_hold_every_key_with_weight():
 
 
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=NIGHTLY)])
+@pytest.mark.slow
 def test_backward_passes_leave_out_keys_without_weight(causal):
     """Scores that favour near keys: one head's blocks need a quarter of the keys, one's all."""
     queries, keys = 600, 8200

@@ -112,7 +112,7 @@ def contextual_modules(group, methods, compat):
 
 
 def quick(name):
-    """The methods of a group that `make test` has: all at the smallest sizes, one of a variant."""
+    """The methods of a group that CI has: all at the smallest sizes, one of a variant."""
     if name.startswith("variant"):
         return {"variant_k_lowr": "softmax", "variant_vconv3_bias": "relumax"}.get(name, "biweight")
     return {"c32": "biweight", "c64": "none"}.get(name[:3], "all")
@@ -121,7 +121,14 @@ def quick(name):
 CONTEXTS = group_names("context_block")
 
 
-@pytest.mark.parametrize("name", [name for name in CONTEXTS if quick(name) != "none"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if quick(name) == "all" else pytest.mark.slow)
+        for name in CONTEXTS
+        if quick(name) != "none"
+    ],
+)
 def test_golden_context_block(name):
     check_context_block(name, rest=False)
 

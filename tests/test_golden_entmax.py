@@ -96,7 +96,13 @@ def check_bisections(group, function: str, x: np.ndarray, cot: np.ndarray) -> in
     return 1
 
 
-@pytest.mark.parametrize("name", golden_files.group_names(FILE))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.endswith(("_d64", "_d1000")) else ())
+        for name in golden_files.group_names(FILE)
+    ],
+)
 def test_golden_entmax(name):
     group = golden_files.open_group(FILE, name)
     with jax.enable_x64(True):

@@ -20,6 +20,7 @@ from golden_files import (
     mosaic_config,
     open_group,
 )
+from nightly import nightly
 
 from kreg.nn import MemoryMosaic, MosaicConfig, from_torch, to_torch
 
@@ -85,14 +86,13 @@ def check_gradients(group, method, info, gradients):
 QUICK = {
     "base": ("softmax", "norm_relu"),
     "variant_bias": ("relumax",),
-    "variant_pmem3": ("biweight",),
-    "variant_skip5": ("relumax",),
     "variant_attn_only_post_ln_untied": ("biweight",),
 }
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", [name for name in group_names("stack") if name in QUICK])
+@pytest.mark.slow
 def test_golden_stack(name):
     check_stack(name, rest=False)
 
@@ -141,7 +141,7 @@ def targets_after(tokens, targets, special):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", group_names("eft_task_stack"))
+@pytest.mark.parametrize("name", nightly(group_names("eft_task_stack"), but=["task_sort"]))
 def test_golden_eft_task_stack(name):
     group = open_group("eft_task_stack", name)
     methods = group.members("logits")
@@ -209,9 +209,11 @@ def check_parameters(models, index, golden, what):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
-def test_golden_trajectory():
+@pytest.mark.parametrize("rest", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_golden_trajectory(rest):
     group = open_group("trajectory")
-    runs, training = group.members("loss"), group.info["training"]
+    runs = group.chosen("loss", among=("biweight", "relumax"), rest=rest)
+    training = group.info["training"]
     batches = jnp.asarray(group["tokens"]), jnp.asarray(group["targets"])
     for run in runs:
         info = group.info["groups"][run]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from golden_files import assert_close, float32_error, group_names, open_group
+from nightly import NIGHTLY
 from test_golden_models import float64, loss_and_gradient  # noqa: F401 - a fixture
 from test_nn_convert import nano_state
 
@@ -45,13 +46,9 @@ def check(group, model, names=lambda gradients: gradients) -> None:
 
 def groups(kind):
     """Whole models take seconds to compile: most wait for the night."""
-    nightly = (pytest.mark.slow, pytest.mark.nightly)
-    quick = ("gpt_bias", "baseline_gpt_nobias", "mosaic_bias_pmem2", "mosaic_rand")
-    return [
-        pytest.param(name, marks=() if name in quick else nightly)
-        for name in GROUPS
-        if kind in name
-    ]
+    when = dict.fromkeys(("gpt_bias", "mosaic_rand"), ())
+    when |= dict.fromkeys(("baseline_gpt_nobias", "mosaic_bias_pmem2"), pytest.mark.slow)
+    return [pytest.param(name, marks=when.get(name, NIGHTLY)) for name in GROUPS if kind in name]
 
 
 @pytest.mark.usefixtures("float64")

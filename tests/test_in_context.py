@@ -128,6 +128,7 @@ def test_model_takes_the_method_and_the_authors_variant():
 # Runs
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_folder(finished):
     for method in METHODS:
         folder = finished / method / "seed0"
@@ -145,6 +146,7 @@ def test_a_run_leaves_its_folder(finished):
         assert found["best_step"] == best["step"]
 
 
+@pytest.mark.slow
 def test_methods_differ(finished):
     softmax, relumax = (result(finished, method) for method in METHODS)
     assert softmax["loss"] != relumax["loss"]
@@ -153,6 +155,7 @@ def test_methods_differ(finished):
     assert np.max(relumax["support"]) < relumax["visible"] == softmax["visible"]
 
 
+@pytest.mark.slow
 def test_baselines_are_those_of_the_same_positions(finished):
     config = parse(command(finished))
     benchmark = make_split(config.data.automata, train=10, validation=5, test=6, seed=0)
@@ -162,6 +165,7 @@ def test_baselines_are_those_of_the_same_positions(finished):
     assert found["2-gram"]["positions"] == result(finished, "softmax")["positions"]
 
 
+@pytest.mark.slow
 def test_result_is_the_best_checkpoints(finished):
     config = parse(command(finished))
     setting = settings(config)[0]
@@ -179,6 +183,7 @@ def test_result_is_the_best_checkpoints(finished):
     assert {name: found[name] for name in summary(score)} == pytest.approx(summary(score), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_finished_runs_are_skipped(copy, capsys):
     before = checksums(copy / "softmax")
     assert main(command(copy)) == 0
@@ -186,6 +191,7 @@ def test_finished_runs_are_skipped(copy, capsys):
     assert "2 of 2 runs are finished already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_seeds_share_the_benchmark_and_nothing_else(copy):
     assert main(command(copy, "--seeds", "0", "1", methods=("softmax",))) == 0
     first, second = (result(copy, "softmax", seed) for seed in (0, 1))
@@ -198,6 +204,7 @@ class Killed(BaseException):
     """What no code of ours catches: the process is gone."""
 
 
+@pytest.mark.slow
 def test_resuming_after_a_kill_gives_the_same_run(finished, tmp_path, monkeypatch):
     batches = task.batches
 
@@ -230,6 +237,7 @@ def test_resuming_after_a_kill_gives_the_same_run(finished, tmp_path, monkeypatc
     assert len(record["sessions"]) == 2
 
 
+@pytest.mark.slow
 def test_time_limit_stops_and_the_same_command_goes_on(finished, tmp_path, capsys):
     assert main(command(tmp_path, "--time-limit", "1e-9")) == 3
     assert "softmax, seed 0: not started" in (tmp_path / "table.md").read_text()
@@ -241,6 +249,7 @@ def test_time_limit_stops_and_the_same_command_goes_on(finished, tmp_path, capsy
 # Table and figure
 
 
+@pytest.mark.slow
 def test_table_comes_from_the_folders_alone(finished, copy, capsys):
     (copy / "table.md").unlink()
     assert main(["table", str(copy)]) == 0
@@ -258,6 +267,7 @@ def test_table_comes_from_the_folders_alone(finished, copy, capsys):
     assert "Measured on 6 automata" in text
 
 
+@pytest.mark.slow
 def test_old_results_have_a_table_too(copy, capsys):
     file = copy / "softmax" / "seed0" / "result.json"
     content = json.loads(file.read_text())
@@ -267,6 +277,7 @@ def test_old_results_have_a_table_too(copy, capsys):
     assert "%" in rows["relumax"] and "%" not in rows["softmax"]
 
 
+@pytest.mark.slow
 def test_official_tasks_are_told_from_others(copy):
     stored = copy / "experiment.json"
     content = json.loads(stored.read_text())
@@ -277,6 +288,7 @@ def test_official_tasks_are_told_from_others(copy):
     assert "The benchmark's own automata" in text and "Not the task above" not in text
 
 
+@pytest.mark.slow
 def test_unfinished_runs_are_named(copy, capsys):
     (copy / "softmax" / "seed0" / "result.json").unlink()
     assert main(["table", str(copy)]) == 0
@@ -289,6 +301,7 @@ def test_unfinished_runs_are_named(copy, capsys):
     assert f"of {STEPS}" in capsys.readouterr().out.split("unfinished:")[1]
 
 
+@pytest.mark.slow
 def test_figure_comes_from_the_folders_alone(copy):
     image = pytest.importorskip("matplotlib.image")
     for name in ("figure.png", "figure.pdf"):
@@ -335,6 +348,7 @@ def test_folder_below_a_file_is_refused(tmp_path, capsys):
     assert checksums(tmp_path) == {blocker: hashlib.sha256(b"keep").hexdigest()}
 
 
+@pytest.mark.slow
 def test_folder_of_another_experiment_is_refused(copy, capsys):
     before = checksums(copy)
     refused(command(copy, "--training.learning-rate", "0.5"), capsys, "learning_rate", "0.5", copy)
@@ -349,12 +363,14 @@ def test_folder_without_runs_has_no_table(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_damaged_result_is_named(copy, capsys):
     damaged = copy / "softmax" / "seed0" / "result.json"
     damaged.write_text('{"accuracy": 0.')
     refused(["table", str(copy)], capsys, damaged)
 
 
+@pytest.mark.slow
 def test_missing_matplotlib_is_named(copy, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused(["figure", str(copy)], capsys, "matplotlib")

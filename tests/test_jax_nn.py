@@ -60,7 +60,10 @@ def values_and_gradients(attend, inputs, cotangent):
 
 @pytest.mark.parametrize(
     "numbers",
-    [pytest.param(n, marks=[] if i else pytest.mark.core) for i, n in enumerate(every_pair())],
+    [
+        pytest.param(n, marks=[] if i % 2 else pytest.mark.slow if i else pytest.mark.core)
+        for i, n in enumerate(every_pair())
+    ],
     ids=str,
 )
 def test_gaussian_is_softmax_attention(numbers):

@@ -165,7 +165,7 @@ def test_validation_covers_every_token_once(rows, tokens):
     assert {batch["tokens"].shape for batch in held_out(windows, 4, 256)} == {(4, 12)}
 
 
-@pytest.mark.parametrize("kind", ["mosaic", "transformer"])
+@pytest.mark.parametrize("kind", ["mosaic", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_packed_rows_score_what_documents_alone_score(kind, tokens):
     model = make_model(kind, "biweight", SIZES, vocab_size=257, block=32)
     packed = losses_of(model, text.PackedDocuments(tokens, 32), 2)
@@ -245,7 +245,8 @@ def test_narrow_matrices_give_nearly_the_same_loss(documents, tmp_path):
     assert rough == pytest.approx(wide, rel=1e-2) and rough != wide
     with contextlib.closing(task.TASK.batches(config, data, 0)) as rows:
         batch = next(rows)
-    gradients = jax.grad(program.loss, has_aux=True)(params, batch, jax.random.key(0))[0]
+    gradient = jax.jit(jax.grad(program.loss, has_aux=True))
+    gradients = gradient(params, batch, jax.random.key(0))[0]
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(gradients))
 
 

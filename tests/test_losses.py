@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from nightly import nightly
 
 import kreg
 
@@ -28,6 +29,7 @@ LOSSES = {
         functools.partial(kreg.normmax_loss, alpha=1.5), functools.partial(kreg.normmax, alpha=1.5)
     ),
 }  # fmt: skip
+OFTEN = ("sparsemax", "entmax1.3", "normmax")  # a closed form, and two that are solved for
 ALPHA = {"sparsemax": 2, "entmax15": 1.5, "entmax1": 1, "entmax1.3": 1.3, "normmax": 2}
 ALPHA["normmax1.5"] = 1.5
 
@@ -70,7 +72,7 @@ def test_loss_is_the_formula_and_its_gradient_p_minus_y(name):
         np.testing.assert_allclose(gradient, p - y, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", nightly(LOSSES, but=OFTEN))
 @pytest.mark.slow
 def test_integer_labels_are_one_hot_distributions(name):
     x, labels = draw((4, 5, 7)), np.random.default_rng(2).integers(0, 7, (4, 5))
@@ -129,7 +131,7 @@ def test_alpha_near_one_is_smooth(step):
         np.testing.assert_allclose(near, one + step * slope, atol=10 * step**2 + 1e-14)
 
 
-@pytest.mark.parametrize("name", ["sparsemax", "entmax1.3", "normmax"])
+@pytest.mark.parametrize("name", nightly(OFTEN, but=["entmax1.3"]))
 @pytest.mark.slow
 def test_derivatives_in_logits(name):
     with jax.enable_x64(True):
@@ -179,7 +181,7 @@ def test_gradient_in_labels_at_zero_probability(name):
         assert abs(slope) > 2 * allowed
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", nightly(LOSSES, but=OFTEN))
 @pytest.mark.slow
 def test_excluded_classes(name):
     """Logits of -inf: no weight, no NaN; infinitely wrong where they are the label."""

@@ -93,6 +93,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_the_command_trains_resumes_and_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     words = [*TINY, "--methods", "biweight", "--seeds", "0", "1", "--out", str(tmp_path)]

@@ -65,12 +65,15 @@ CONTRACT = Interpreted("mosaic_gpu", interpreted, ALL)
 check = CONTRACT.check
 
 
-def oldest_too(names, chosen):
-    """A case takes seconds: on the oldest jax some do."""
-    return [pytest.param(n, marks=[pytest.mark.core] if n in chosen else []) for n in names]
+def oldest_too(names, chosen, late=()):
+    """A case takes seconds: few are for every run and the oldest jax, some wait for the night."""
+    marks = dict.fromkeys(chosen, pytest.mark.core) | dict.fromkeys(late, NIGHTLY)
+    return [pytest.param(n, marks=marks.get(n, pytest.mark.slow)) for n in names]
 
 
-@pytest.mark.parametrize("name", oldest_too(STRUCTURES, ["causal", "anchored"]))
+@pytest.mark.parametrize(
+    "name", oldest_too(STRUCTURES, ["causal", "anchored"], late=["biweight", "sparsemax"])
+)
 def test_kernels_keep_the_contract(name):
     check(name, drawn(STRUCTURES[name], 1, 2.0, parts=32))
 

@@ -106,6 +106,7 @@ LONGER = [pytest.mark.nightly, pytest.mark.slow]
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_the_other_kernel_finds_the_same(monkeypatch, queries, keys, options):
     """All that the gradients need: averages, numbers of rows, bits of tiles; and twice the same."""
     found, again, want = both(monkeypatch, queries, keys, **options)

@@ -33,6 +33,7 @@ def both_ways(block, x):
 
 QUICK = ("biweight-", "relumax-dense", "top3_softmax-eft", "norm_relu-eft")
 NIGHTLY = ("softmax-", "epanechnikov-", "norm_relu-", "relumax-", "top3_softmax-", "relumax-eft")
+NIGHTLY += ("triweight@fixed-", "top3_uniform-", "biweight-True-1", "top3_uniform-eft")
 
 
 def cases() -> list:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from nightly import nightly
 from nn_models import METHODS, VOCAB, config, logits, model, module, quick_jit, tokens
 
 import kreg
@@ -30,6 +31,7 @@ NAMES = [*METHODS, *VARIANTS, "dense", "eft"]
 
 
 NIGHTLY = ("softmax", "epanechnikov", "norm_relu", "top3_softmax", "top3_uniform", "post")
+NIGHTLY += ("triweight@fixed", "wide", "near", "contextual")
 
 
 @pytest.mark.slow
@@ -153,7 +155,10 @@ def with_beta(memory, beta):
     return changed
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    nightly(METHODS, but=("softmax", "biweight", "norm_relu", "relumax", "biweight@nearest")),
+)
 @pytest.mark.slow
 def test_every_head_learns_its_bandwidth(method):
     """The gradient reaches beta, and is the slope; Nearest asks the Gaussian alone for h."""

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from nightly import NIGHTLY
 from nn_models import METHODS, VOCAB, logits, module, quick_jit, tokens
 
 from kreg.nn import Transformer, TransformerConfig, from_torch, generate, to_torch
@@ -17,8 +18,8 @@ MODELS = {
     "fixed": ("triweight@fixed", {"cosine": True, "learned_bandwidth": True}),
     "nearest": ("biweight@nearest", {"alibi_heads": 2, "tie_weights": False}),
 }
-QUICK = ("learned", "nape")
-SOME_SLOW = [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MODELS]
+WHEN = {"fixed": pytest.mark.slow, "nearest": NIGHTLY}
+SOME_SLOW = [pytest.param(m, marks=WHEN.get(m, ())) for m in MODELS]
 
 
 def config(method: str = "biweight", **options) -> TransformerConfig:
@@ -206,6 +207,7 @@ def test_a_tied_head_is_no_parameter_of_its_own():
     "method",
     [pytest.param("softmax", marks=[pytest.mark.slow, pytest.mark.nightly]), "biweight"],
 )
+@pytest.mark.slow
 def test_training_lowers_the_loss(method):
     """The second half of a copied word becomes easier than a guess among the symbols."""
     made = config(method, max_length=8, embed_dim=16, num_heads=2, learned_bandwidth=True)

@@ -9,6 +9,7 @@ import sys
 import killing
 import one_of_several
 import pytest
+from nightly import NIGHTLY
 
 from kreg.training.processes import start
 
@@ -79,7 +80,7 @@ def _all_ready(folder) -> bool:
     [
         pytest.param("by hand", marks=pytest.mark.core),
         pytest.param("SLURM", marks=pytest.mark.slow),
-        pytest.param("Open MPI", marks=pytest.mark.slow),
+        pytest.param("Open MPI", marks=NIGHTLY),
     ],
 )
 def test_two_processes_are_one(launch, launcher):
@@ -141,9 +142,9 @@ def test_half_of_a_plain_host_s_variables(monkeypatch):
         ("idle", 0, signal.SIGKILL),
         pytest.param("idle", 1, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param("step", 0, signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param("step", 1, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("step", 1, signal.SIGKILL, marks=NIGHTLY),
         # Outside of a training nobody keeps this signal.
-        pytest.param("idle", 0, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("idle", 0, signal.SIGTERM, marks=NIGHTLY),
     ],
 )
 def test_where_one_is_killed_the_other_ends_and_says_why(launch, tmp_path, what, victim, number):
@@ -171,9 +172,7 @@ def test_the_status_that_all_leave_with_is_kept(launch):
         assert code == 3 and "error" not in err
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=NIGHTLY)])
 def test_a_signal_to_one_stops_both_at_the_same_step(launch, tmp_path, number):
     processes = launch("step")
     killing.signal_when(processes[1], number, lambda: _all_ready(tmp_path))

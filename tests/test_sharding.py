@@ -11,6 +11,7 @@ import test_contract as contract
 from attention_inputs import Shape, draw
 from cells import FOUR, Cell
 from jax.sharding import AxisType
+from nightly import NIGHTLY
 
 import kreg
 from experiments.scaling.collectives import messages, sent
@@ -42,7 +43,7 @@ def split(form: str, devices: int, implementation: str | None = None):
 # Structures of the contract, by number, with a form and a number of devices: one at once, more with
 # the slow tests, all nightly.
 AT_ONCE = {(0, "keys", 8)}
-SLOW = {(1, "gather", 4), (3, "keys", 2), (7, "keys", 4), (11, "keys", 8)}
+SLOW = {(1, "gather", 4), (7, "keys", 4), (11, "keys", 8)}
 LONGER = pytest.mark.slow
 
 
@@ -104,9 +105,23 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+def often(values, *, at_once, slow):
+    """Values with each form: some cases at once, some with the slow tests, all nightly."""
+    marks = dict.fromkeys(at_once, ()) | dict.fromkeys(slow, LONGER)
+    return [
+        pytest.param(x, form, id=f"{x}-{form}", marks=marks.get(f"{x}-{form}", NIGHTLY))
+        for x in values
+        for form in FORMS
+    ]
+
+
 @pytest.mark.parametrize(
-    "name", [x if x == "dropout" else pytest.param(x, marks=LONGER) for x in OPTIONS]
+    ("name", "form"),
+    often(
+        OPTIONS,
+        at_once={"dropout-gather", "dropout-keys"},
+        slow={"null and cap-keys", "offset-keys"},
+    ),
 )
 def test_options(name, form):
     """What the contract does not draw; dropout takes the same weights wherever they are."""
@@ -115,9 +130,13 @@ def test_options(name, form):
     same(want, both(split(form, 4), arrays, **OPTIONS[name]))
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "cell", [*FOUR[:1], *(pytest.param(x, marks=LONGER) for x in FOUR[1:])], ids=str
+    ("cell", "form"),
+    often(
+        FOUR,
+        at_once={"biweight@adaptive-keys"},
+        slow={"epanechnikov@anchored-gather", "gaussian@nearest-keys"},
+    ),
 )
 def test_every_rule(cell: Cell, form):
     # Wide enough that no query is left with one key at its edge, where a gradient is all rounding.
@@ -128,8 +147,15 @@ def test_every_rule(cell: Cell, form):
     same(want, both(split(form, 8), arrays, **options))
 
 
-@pytest.mark.parametrize("kind", [pytest.param("Auto", marks=LONGER), "Explicit"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        pytest.param("gather", "Auto", marks=NIGHTLY),
+        ("gather", "Explicit"),
+        pytest.param("keys", "Auto", marks=LONGER),
+        ("keys", "Explicit"),
+    ],
+)
 def test_batch_heads_and_sequence(kind, form):
     """All three at once, on a mesh of either type, with arrays that are already split there."""
     arrays = draw(Shape(B=2, T=32, S=32, N=4, K=2))
