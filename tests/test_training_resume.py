@@ -73,6 +73,18 @@ def test_killed_at_any_moment_it_ends_as_if_nobody_had(tmp_path, uninterrupted):
     _assert_same_run(directory, uninterrupted)
 
 
+def test_trained_and_restored_parameters_are_evaluated_by_one_program(tmp_path):
+    measure = jax.jit(lambda params: training_run.validation(params))
+
+    def evaluate(params):
+        return {"val_loss": float(measure(params))}
+
+    for steps in (2, 4):
+        training_run.run(tmp_path / "run", steps=steps, eval_every=1, evaluate=evaluate)
+    measure(load_params(tmp_path / "run", "best", initial_params()))
+    assert measure._cache_size() == 1
+
+
 def test_a_signal_after_the_last_step_is_told(tmp_path):
     """The run is done and saved; who called it knows that nothing else is to follow."""
 

@@ -17,7 +17,7 @@ from kreg.training.devices import Devices
 from kreg.training.follow import ALONE, follow
 from kreg.training.progress import Progress
 from kreg.training.run_directory import RunDirectory
-from kreg.training.state import TrainState
+from kreg.training.state import TrainState, settled
 from kreg.training.step import StepFn
 from kreg.training.stopping import Stopping
 from kreg.training.writer import is_first
@@ -133,8 +133,7 @@ def train(
     )
     # The step donates its state; the caller keeps a usable one.
     state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
-    if devices is not None:
-        state = devices.place(state)
+    state = settled(state) if devices is None else devices.place(state)
     run = RunDirectory(Path(directory), best, keep_last)
     with (
         Stopping(time_limit) as stopping,

@@ -54,3 +54,11 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         key=jnp.array(key, copy=True),
     )
+
+
+def settled(state: TrainState) -> TrainState:
+    """Tie arrays to the device where they are, as those of a checkpoint are.
+
+    Else functions of parameters would be compiled twice, for trained and for restored ones.
+    """
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)

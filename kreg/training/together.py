@@ -22,7 +22,7 @@ from kreg.training.follow import STACKED, follow
 from kreg.training.loop import TrainResult, state_bytes
 from kreg.training.progress import Progress
 from kreg.training.run_directory import RunDirectory
-from kreg.training.state import TrainState
+from kreg.training.state import TrainState, settled
 from kreg.training.step import LossFn, update
 from kreg.training.stopping import Stopping
 
@@ -158,7 +158,7 @@ def train_together(
             for run, iterator, progress in zip(runs, data, shown, strict=True)
         ]
         resumed = [
-            course.resume(state, config)
+            course.resume(settled(state), config)
             for course, state, config in zip(courses, states, configs, strict=True)
         ]
         ends, stopped_by = follow(
