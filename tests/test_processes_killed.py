@@ -22,20 +22,21 @@ from kreg.training import load_params, read_metrics
 
 TINY = [
     *("--methods", "biweight", "--data.train", "32", "--data.validation", "8", "--data.test", "8"),
-    *("--data.automata.max-tokens", "24", "--training.batch-size", "8", "--training.epochs", "8"),
-    *("--training.evaluations", "8", "--model.layers", "1", "--model.heads", "2"),
-    *("--model.width", "32", "--model.slots", "32"),
+    *("--data.automata.max-tokens", "24", "--training.batch-size", "8"),
+    *("--model.layers", "1", "--model.heads", "2", "--model.width", "32", "--model.slots", "32"),
 ]
-STEPS = 32
 SPLITS = {"2 of 2": (2, 2, "data=2,fsdp=2"), "1 of 4": (1, 4, "fsdp=4"), "4 of 1": (4, 1, "data=4")}
 
 
-def train(out: Path, split: str = "2 of 2"):
+def train(out: Path, split: str = "2 of 2", epochs: int = 8):
+    """Four steps and an evaluation an epoch."""
     processes, devices, layout = SPLITS[split]
+    length = ("--training.epochs", str(epochs), "--training.evaluations", str(epochs))
     return start(
         *("-m", "experiments.launch.local", "--processes", str(processes)),
         *("--devices-per-process", str(devices), sys.executable),
-        *("-m", "experiments.in_context", *TINY, "--devices", layout, "--out", str(out)),
+        *("-m", "experiments.in_context", *TINY, *length, "--devices", layout),
+        *("--out", str(out)),
     )
 
 
@@ -54,6 +55,7 @@ def kill(process, out: Path, reached: int, one: bool, rng: random.Random) -> Non
     while lines(log(out)) < reached and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 0.3))
+    assert process.poll() is None, "the run ended before it was killed"
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for child in rng.sample(children, 1) if one else children:
         os.kill(int(child), signal.SIGKILL)
@@ -73,14 +75,14 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Callable[[str], Path]:
+def undisturbed(tmp_path_factory) -> Callable[..., Path]:
     """The run of a split that nobody disturbs."""
     pytest.importorskip("matplotlib")
 
     @functools.cache
-    def run(split: str) -> Path:
+    def run(split: str, epochs: int = 8) -> Path:
         out = tmp_path_factory.mktemp("undisturbed")
-        finish(train(out, split))
+        finish(train(out, split, epochs))
         return out
 
     return run
@@ -90,12 +92,14 @@ def undisturbed(tmp_path_factory) -> Callable[[str], Path]:
 @pytest.mark.nightly
 def test_killed_twenty_times_it_ends_as_if_nobody_had(undisturbed, tmp_path):
     """One process or all; the same processes go on, and end with the same bits."""
-    alone = undisturbed("2 of 2")
+    # So long that it does not come to its end while a busy machine looks away.
+    epochs = 40
+    alone = undisturbed("2 of 2", epochs)
     rng, last = random.Random(0), lines(log(alone))
-    for number, planned in enumerate(sorted(rng.randrange(last - 1) for _ in range(20))):
-        process = train(tmp_path)
-        kill(process, tmp_path, min(max(planned, lines(log(tmp_path))), last - 1), number % 2, rng)
-    finish(train(tmp_path))
+    for number, planned in enumerate(sorted(rng.randrange(last * 3 // 4) for _ in range(20))):
+        process = train(tmp_path, epochs=epochs)
+        kill(process, tmp_path, max(planned, lines(log(tmp_path))), number % 2, rng)
+    finish(train(tmp_path, epochs=epochs))
     jax.tree.map(np.testing.assert_array_equal, parameters(tmp_path), parameters(alone))
     assert losses(tmp_path) == losses(alone)
 
