@@ -24,7 +24,7 @@ from kreg.training.data import Row
 from kreg.training.processes import start
 from kreg.training.writer import fetch
 
-# Every third batch is filled up with blank rows: with four processes one has nothing else.
+# Every third batch is filled up with blank rows: with four processes three have nothing else.
 ROWS, BATCH, LENGTH, VOCABULARY = 18, 8, 32, 20
 # Arrays of the model have about a thousand numbers and more, so that some of them are split.
 CONFIG = nn.MosaicConfig(VOCABULARY, 1, 2, 32, 40, attention_dropout=0.1, hidden_dropout=0.1)

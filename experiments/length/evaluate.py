@@ -36,7 +36,7 @@ ONE = Devices()
 def make_measure(apply: Apply, task: Task, layout: Layout, devices: Devices = ONE) -> Measure:
     """Compile what a batch of one length adds: loss and labels, and the counts of each metric.
 
-    Rows are split over the devices, after as many without labels as make equal shares.
+    Rows are split over the devices, filled up to equal shares with rows without labels.
 
     Besides `teacher_forced` these are the counts of the code of Sparse Attention as Compact Kernel
     Regression, for the tasks that it has.

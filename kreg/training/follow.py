@@ -71,7 +71,8 @@ def follow(
                 )
             for place, i in enumerate(behind):
                 states[i] = bundling.take(together, place)
-    return states, stopped_by
+    # A reason that came with the last step, or after it.
+    return states, stopped_by or stopping.agreed()
 
 
 def _next_stretch(steps: Sequence[int], last: int) -> tuple[list[int], int]:

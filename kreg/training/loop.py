@@ -150,8 +150,6 @@ def train(
             stopping,
             ALONE,
         )
-        # Of several processes the one that was asked last told it nobody yet.
-        stopped_by = stopped_by or stopping.agreed()
     return TrainResult.of(course, state, stopped_by)
 
 

@@ -168,7 +168,6 @@ def train_together(
             stopping,
             STACKED,
         )
-        stopped_by = stopped_by or stopping.reason
     return [
         TrainResult.of(course, state, stopped_by)
         for course, state in zip(courses, ends, strict=True)
