@@ -6,6 +6,7 @@ slows all of them; what counts is the ratio. PyTorch and entmax take part where 
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import platform
@@ -13,7 +14,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,13 @@ METHOD = (
     "in another order. A turn is two calls: the first finds caches, memory and threads as somebody "
     "else left them (first_ms, first_over), the second as it left them itself (median_ms, over). "
     "jax.nn on CPU forms the whole score matrix and computes the masked half too; kreg does "
-    "neither, so its Gaussian is the like-for-like baseline."
+    "neither, so its Gaussian is the like-for-like baseline. Rows come first, JAX by itself, then "
+    "beside entmax: PyTorch's large arrays change from what size on malloc asks the system for "
+    "memory, and fresh pages cost as much as a softmax."
 )
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Options:
     """What is timed, how often, and where results go."""
 
@@ -72,7 +74,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     return Options(**vars(parser.parse_args(arguments)))
 
 
-@dataclass
+@dataclasses.dataclass
 class Contestant:
     """A compiled call; what it took to compile, its temporary memory, its seconds a round.
 
@@ -82,8 +84,8 @@ class Contestant:
     call: Callable[[], Any]
     compile_seconds: float | None = None
     temporary_bytes: int | None = None
-    first: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    first: list[float] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
 
     def turn(self) -> None:
         for seconds in (self.first, self.seconds):
@@ -95,13 +97,20 @@ class Contestant:
 def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     comparisons = {}
+
+    def compare(name: str, contestants: dict[str, Contestant], rounds: int) -> None:
+        comparisons[name] = run(contestants, rounds)
+        show(name, comparisons[name])
+
+    rows = f"rows {options.rows[0]} x {options.rows[1]}"
+    alone = maps(options.rows)
+    compare(rows, alone, 5 * options.rounds)
+    if peers := entmax_maps(options.rows):
+        again = {name: dataclasses.replace(c, first=[], seconds=[]) for name, c in alone.items()}
+        compare(f"{rows}, beside entmax", again | peers, 5 * options.rounds)
     for length in options.lengths:
         name = f"causal attention B{options.batch} T{length} N{options.heads} H{options.width}"
-        comparisons[name] = run(attention(options, length), options.rounds)
-        show(name, comparisons[name])
-    name = f"rows {options.rows[0]} x {options.rows[1]}"
-    comparisons[name] = run(maps(options.rows), 5 * options.rounds)
-    show(name, comparisons[name])
+        compare(name, attention(options, length), options.rounds)
     peers = {name: metadata.version(name) for name in ("torch", "entmax") if optional(name)}
     machine = {"cores": os.cpu_count(), "processor": processor(), "peers": peers}
     found = describe() | machine | {"method": METHOD, "results": comparisons}
@@ -142,7 +151,7 @@ def attention(options: Options, length: int) -> dict[str, Contestant]:
 
 def maps(shape: list[int]) -> dict[str, Contestant]:
     """Compile the maps on rows of scores."""
-    x, cotangent = jax.random.normal(jax.random.key(0), (2, *shape))
+    x, cotangent = scores(shape)
     functions = {
         "jax.nn.softmax": jax.nn.softmax,
         "kreg.softmax": kreg.softmax,
@@ -150,12 +159,24 @@ def maps(shape: list[int]) -> dict[str, Contestant]:
         "kreg.sparsemax": kreg.sparsemax,
         "bisection, 50 steps, alpha 1.5": bisection,
     }
-    found = {name: compiled(f, [x, cotangent]) for name, f in functions.items()}
+    return {name: compiled(f, [x, cotangent]) for name, f in functions.items()}
+
+
+def entmax_maps(shape: list[int]) -> dict[str, Contestant]:
+    """Those of the entmax package, where it is installed."""
     torch, entmax = optional("torch"), optional("entmax")
-    if torch and entmax:
-        for name in ("entmax15", "sparsemax"):
-            found[f"entmax.{name}"] = torch_map(torch, getattr(entmax, name), x, cotangent)
-    return found
+    if not (torch and entmax):
+        return {}
+    x, cotangent = scores(shape)
+    return {
+        f"entmax.{name}": torch_map(torch, getattr(entmax, name), x, cotangent)
+        for name in ("entmax15", "sparsemax")
+    }
+
+
+def scores(shape: list[int]) -> jax.Array:
+    """Rows and cotangents."""
+    return jax.random.normal(jax.random.key(0), (2, *shape))
 
 
 @jax.custom_jvp
