@@ -37,8 +37,13 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
-    """The examples of the pure core belong to the core, too; --few thins out what -m leaves."""
+    """The examples of the pure core belong to the core, too; --few thins out what -m leaves.
+
+    What is for the night is slow.
+    """
     for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker("slow")
         if item.path.parent == CORE:
             item.add_marker(pytest.mark.core)
     yield  # here -m takes its choice

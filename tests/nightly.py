@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-NIGHTLY = (pytest.mark.slow, pytest.mark.nightly)
+NIGHTLY = pytest.mark.nightly
 
 
 def nightly(values: Iterable[Any], *, but: Collection[Any]) -> list[Any]:

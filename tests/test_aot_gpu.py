@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from mosaic_steps import mosaic_step
+from nightly import NIGHTLY
 
 import kreg
 from experiments.scaling.check import check
@@ -58,7 +59,6 @@ def test_keys_are_split_over_eight_gpus():
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("split", [Split(fsdp=8), Split(2, 2, 2)])
 def test_a_train_step_is_split_over_eight_gpus(split):
     """With the kernels; parameters and moments take an eighth of the memory under fsdp."""
@@ -70,7 +70,6 @@ def test_a_train_step_is_split_over_eight_gpus(split):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -87,7 +86,6 @@ def test_what_a_train_step_keeps_is_what_the_formula_says(changes):
     assert found.temporary_bytes == pytest.approx(expected, rel=0.12)
 
 
-LONGER = [pytest.mark.nightly, pytest.mark.slow]
 # On the oldest jax each order and each width once, on the newest biweight in all widths, too.
 WIDTHS = {1: 16, 2: 64, 3: 128}
 
@@ -95,7 +93,11 @@ WIDTHS = {1: 16, 2: 64, 3: 128}
 @pytest.mark.parametrize(
     ("order", "width"),
     [
-        pytest.param(r, w, marks=pytest.mark.core if WIDTHS[r] == w else [] if r == 2 else LONGER)
+        pytest.param(
+            r,
+            w,
+            marks=pytest.mark.core if WIDTHS[r] == w else [] if r == 2 else NIGHTLY,
+        )
         for r, w in itertools.product(WIDTHS, WIDTHS.values())
     ],
 )
@@ -114,22 +116,36 @@ def test_kernels_compile_without_spills(width, order):
     ("length", "width", "tiles", "options"),
     [
         pytest.param(1024, 64, 4 + 1, {}, marks=pytest.mark.core),
-        pytest.param(256, 16, 4, {}, marks=LONGER),
-        pytest.param(512, 64, 4, {"kernel": kreg.epanechnikov}, marks=LONGER),
-        pytest.param(1024, 64, 4 + 1, {"kernel": kreg.Kernel(4)}, marks=LONGER),
-        pytest.param(1024, 64, 4 + 1, {"kernel": kreg.Kernel(2.5)}, marks=LONGER),
-        pytest.param(1024, 64, 4 + 1, {"bandwidth": kreg.Anchored()}, marks=LONGER),
-        pytest.param(1024, 64, 4 + 1, {"dtype": jnp.float16, "return_stats": True}, marks=LONGER),
+        pytest.param(256, 16, 4, {}, marks=NIGHTLY),
+        pytest.param(512, 64, 4, {"kernel": kreg.epanechnikov}, marks=NIGHTLY),
+        pytest.param(1024, 64, 4 + 1, {"kernel": kreg.Kernel(4)}, marks=NIGHTLY),
+        pytest.param(1024, 64, 4 + 1, {"kernel": kreg.Kernel(2.5)}, marks=NIGHTLY),
+        pytest.param(1024, 64, 4 + 1, {"bandwidth": kreg.Anchored()}, marks=NIGHTLY),
+        pytest.param(1024, 64, 4 + 1, {"dtype": jnp.float16, "return_stats": True}, marks=NIGHTLY),
         pytest.param(
-            1024, 64, 4 + 1, {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}, marks=LONGER
+            1024,
+            64,
+            4 + 1,
+            {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)},
+            marks=NIGHTLY,
         ),
-        pytest.param(256, 128, 3 + 1, {}, marks=LONGER),
-        pytest.param(768, 128, 3 + 1, {"kernel": kreg.triweight}, marks=LONGER),
-        pytest.param(896, 128, 3 + 1, {"return_stats": True}, marks=LONGER),
+        pytest.param(256, 128, 3 + 1, {}, marks=NIGHTLY),
+        pytest.param(768, 128, 3 + 1, {"kernel": kreg.triweight}, marks=NIGHTLY),
+        pytest.param(896, 128, 3 + 1, {"return_stats": True}, marks=NIGHTLY),
         pytest.param(
-            512, 128, 2 + 1, {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}, marks=LONGER
+            512,
+            128,
+            2 + 1,
+            {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)},
+            marks=NIGHTLY,
         ),
-        pytest.param(512, 128, 2 + 1, {"segment_ids": np.zeros((1, 512), np.int32)}, marks=LONGER),
+        pytest.param(
+            512,
+            128,
+            2 + 1,
+            {"segment_ids": np.zeros((1, 512), np.int32)},
+            marks=NIGHTLY,
+        ),
     ],
     ids=lambda x: str(list(x)) if isinstance(x, dict) else str(x),
 )
@@ -143,7 +159,6 @@ def test_few_keys_have_their_scores_formed_once(length, width, tiles, options):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [16, 64, 128])
 @pytest.mark.parametrize(
     "options",
@@ -164,14 +179,13 @@ def test_variants_compile_without_spills(width, options):
     assert not any(program.spilled_bytes), program
 
 
-@pytest.mark.parametrize("length", [pytest.param(100, marks=LONGER), 1003])
+@pytest.mark.parametrize("length", [pytest.param(100, marks=NIGHTLY), 1003])
 def test_odd_lengths_compile(length):
     program = attend(length, 64)
     assert len(program.registers) == 3 and not any(program.spilled_bytes), program
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [64, 128])
 def test_packed_sequences_compile_without_spills(width):
     program = attend(1024, width, segment_ids=jnp.zeros((1, 1024), int))
@@ -180,7 +194,6 @@ def test_packed_sequences_compile_without_spills(width):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "dtype"), [(256, jnp.bfloat16), (64, jnp.float32), (128, jnp.float32)]
 )
@@ -203,7 +216,6 @@ def test_a_program_for_hopper_has_the_kernels_without_naming_them():
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "heads", "width", "documents"),
     [(512, 8, 128, False), (1024, 12, 768, False), (1024, 4, 256, True)],
@@ -218,7 +230,7 @@ def test_train_steps_of_mosaics_compile_with_the_kernels(length, heads, width, d
     assert len(program.registers) == 3 and not any(program.spilled_bytes), program
 
 
-LONG = pytest.param(131072, marks=[pytest.mark.nightly, pytest.mark.slow])
+LONG = pytest.param(131072, marks=NIGHTLY)
 
 
 @pytest.mark.parametrize("length", [4096, LONG])

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from nightly import NIGHTLY
 from tpu_steps import HOLDS, STEPS, compiled_apart
 
 import kreg
@@ -23,7 +24,6 @@ from experiments.scaling.model import Sizes, Split
 from pallas_kernels.mosaic_tpu.sizes import sizes_of
 
 pytestmark = pytest.mark.aot
-LONGER = [pytest.mark.nightly, pytest.mark.slow]
 MOST_SPILLS = {"v4": 400, "v5e": 130, "v5p": 130, "v6e": 50, "v7x": 8}
 SMALL = Sizes(2, 256, 512, 2048, rows=8, length=512, density=1.0)
 KERNELS = ["gradient_of_keys", "gradient_of_queries", "threshold_and_average"]
@@ -74,7 +74,7 @@ WIDEST = {"width": 256, "dtype": jnp.float32}
 @pytest.mark.parametrize(
     ("generation", "options"),
     [
-        pytest.param(x, y, marks=LONGER if x not in ("v4", "v6e") or y is WIDEST else [])
+        pytest.param(x, y, marks=NIGHTLY if x not in ("v4", "v6e") or y is WIDEST else [])
         for x, y in itertools.product(tpus.GENERATIONS, ({"width": 64}, WIDEST))
     ],
     ids=str,
@@ -86,7 +86,6 @@ def test_the_most_scores_that_are_kept_fit(generation, options):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("generation", tpus.GENERATIONS)
 @pytest.mark.parametrize(
     ("most", "more", "why"),
@@ -104,8 +103,8 @@ def test_the_longest_lists_that_are_taken_fit_into_scalar_memory(generation, mos
         attend(generation, **options | more)
 
 
-@pytest.mark.parametrize("length", [8192, pytest.param(131072, marks=LONGER)])
-@pytest.mark.parametrize("generation", ["v6e", pytest.param("v4", marks=LONGER)])
+@pytest.mark.parametrize("length", [8192, pytest.param(131072, marks=NIGHTLY)])
+@pytest.mark.parametrize("generation", ["v6e", pytest.param("v4", marks=NIGHTLY)])
 def test_memory_is_linear_but_for_bits_of_tiles(generation, length):
     heads, width = 4, 64
     found = attend(generation, width=width, length=length, heads=heads, key_heads=heads)
@@ -115,7 +114,6 @@ def test_memory_is_linear_but_for_bits_of_tiles(generation, length):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("generation", tpus.GENERATIONS)
 @pytest.mark.parametrize(
     "options",
@@ -192,7 +190,6 @@ def test_keys_are_split_over_eight_chips():
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("split", [Split(fsdp=8), Split(data=8), Split(sequence=8), Split(2, 2, 2)])
 def test_a_train_step_is_split_over_eight_chips(split):
     """With the kernels; parameters and moments take an eighth of the memory under fsdp."""
@@ -204,7 +201,6 @@ def test_a_train_step_is_split_over_eight_chips(split):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("generation", HOLDS)
 @pytest.mark.parametrize("name", STEPS)
 def test_train_steps_of_mosaics_compile_with_the_kernels(generation, name):

@@ -32,7 +32,6 @@ def temporary_bytes(length: int, mode: str, implementation: str, cell: dict) -> 
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["vjp", "jvp"])
 def test_xla_is_linear(mode):
     sizes = [temporary_bytes(n, mode, "xla", {"kernel": kreg.biweight}) for n in LENGTHS]
@@ -50,7 +49,7 @@ def test_xla_is_linear(mode):
     "rule",
     [
         pytest.param(kreg.Adaptive(), marks=pytest.mark.slow),
-        pytest.param(kreg.Fixed(1.2), marks=[pytest.mark.slow, pytest.mark.nightly]),
+        pytest.param(kreg.Fixed(1.2), marks=pytest.mark.nightly),
         pytest.param(kreg.Nearest(8), marks=pytest.mark.slow),
     ],
     ids=repr,

@@ -7,6 +7,7 @@ import oracle
 import pytest
 from attention_inputs import Shape, draw
 from cells import FOUR, Cell, cells
+from nightly import NIGHTLY
 from test_accuracy import adversarial_rows
 
 import kreg
@@ -34,7 +35,6 @@ def stats_of_scores(x, cell: Cell, implementation: str, mask=None):
 
 BOUNDED = [*((k, "float32") for k in SOLVED), ("biweight", "bfloat16"), ("biweight", "float64")]
 QUICK = [("biweight", "float32"), ("order0.7", "float32")]
-NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nightly import NIGHTLY
 
 import kreg
 from kreg import bands, fused
@@ -46,7 +47,6 @@ def attend(mask, implementation):
     return out, *pull(cotangent)
 
 
-NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
 WHEN = {"packed, causal": pytest.mark.slow}
 
 

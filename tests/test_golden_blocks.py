@@ -134,7 +134,6 @@ def test_golden_context_block(name):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CONTEXTS if quick(name) != "all"])
 def test_golden_context_block_with_the_other_methods(name):
     check_context_block(name, rest=True)

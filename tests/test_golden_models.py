@@ -98,7 +98,6 @@ def test_golden_stack(name):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", group_names("stack"))
 def test_golden_stack_with_the_other_methods(name):

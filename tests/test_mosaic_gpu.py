@@ -17,6 +17,7 @@ from attention_inputs import Shape, rounded
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from kernel_contract import DECLINED, Interpreted, drawn
+from nightly import NIGHTLY
 from test_contract import CAUSAL, Structure
 
 import kreg
@@ -53,7 +54,6 @@ MORE = {
     "one key": Structure(Shape(B=2, T=3, S=1, N=1, K=1)),
 }
 ALL = STRUCTURES | MORE
-NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,6 @@ def test_kernels_keep_the_contract(name):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("parts", [0, 4, 8 + 16, 63], ids=["plain", "ranges", "by key", "all"])
 @pytest.mark.parametrize("name", ALL)
 def test_kernels_keep_the_contract_under_every_mask(name, parts):
@@ -133,7 +132,7 @@ def test_skipped_tiles_hold_no_key_with_weight(name, order):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["causal", pytest.param("float32", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("name", ["causal", pytest.param("float32", marks=NIGHTLY)])
 def test_two_runs_agree_bit_by_bit(name):
     case = drawn(ALL[name], 3, 1.0, 63)
     jax.tree.map(
@@ -143,7 +142,7 @@ def test_two_runs_agree_bit_by_bit(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "bandwidth", [kreg.Adaptive(), pytest.param(kreg.Anchored(), marks=pytest.mark.nightly)]
+    "bandwidth", [kreg.Adaptive(), pytest.param(kreg.Anchored(), marks=NIGHTLY)]
 )
 def test_dropout_is_that_of_the_reference(bandwidth):
     keys = jax.random.split(jax.random.key(0), 4)

@@ -11,6 +11,7 @@ import pytest
 import test_mosaic_gpu as mosaic
 from attention_inputs import Shape
 from kernel_contract import drawn
+from nightly import NIGHTLY
 from test_contract import CAUSAL, Structure
 
 import kreg
@@ -56,7 +57,6 @@ def test_the_contract_is_kept(name):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("parts", [0, 4, 8 + 16, 63], ids=["plain", "ranges", "by key", "all"])
 @pytest.mark.parametrize("name", STRUCTURES | MORE)
 def test_the_contract_is_kept_under_every_mask(name, parts):
@@ -86,22 +86,22 @@ def both(monkeypatch, queries, keys, width=16, seed=0, segments=False, **options
     return first, again, run()
 
 
-LONGER = [pytest.mark.nightly, pytest.mark.slow]
-
-
 @pytest.mark.parametrize(
     ("queries", "keys", "options"),
     [
         (70, 190, {"kernel": kreg.epanechnikov, "is_causal": True}),
-        pytest.param(66, 400, {"is_causal": True, "causal_offset": 330}, marks=LONGER),
-        pytest.param(64, 600, {"local_window_size": (500, 20)}, marks=LONGER),
-        pytest.param(64, 300, {"bandwidth": kreg.Anchored(), "is_causal": True}, marks=LONGER),
-        pytest.param(64, 300, {"bandwidth": kreg.Fixed(2.0), "scale": 0.2}, marks=LONGER),
-        pytest.param(64, 300, {"segments": True, "is_causal": True}, marks=LONGER),
-        pytest.param(64, 450, {"width": 128, "kernel": kreg.triweight}, marks=LONGER),
-        pytest.param(64, 1024, {"kernel": kreg.epanechnikov}, marks=LONGER),
+        pytest.param(66, 400, {"is_causal": True, "causal_offset": 330}, marks=NIGHTLY),
+        pytest.param(64, 600, {"local_window_size": (500, 20)}, marks=NIGHTLY),
+        pytest.param(64, 300, {"bandwidth": kreg.Anchored(), "is_causal": True}, marks=NIGHTLY),
+        pytest.param(64, 300, {"bandwidth": kreg.Fixed(2.0), "scale": 0.2}, marks=NIGHTLY),
+        pytest.param(64, 300, {"segments": True, "is_causal": True}, marks=NIGHTLY),
+        pytest.param(64, 450, {"width": 128, "kernel": kreg.triweight}, marks=NIGHTLY),
+        pytest.param(64, 1024, {"kernel": kreg.epanechnikov}, marks=NIGHTLY),
         pytest.param(
-            64, 400, {"dropout_rate": 0.3, "dropout_key": jax.random.key(1)}, marks=LONGER
+            64,
+            400,
+            {"dropout_rate": 0.3, "dropout_key": jax.random.key(1)},
+            marks=NIGHTLY,
         ),
     ],
     ids=str,

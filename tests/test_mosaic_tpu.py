@@ -18,6 +18,7 @@ from attention_inputs import Shape, rounded
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from kernel_contract import DECLINED, Interpreted, drawn
+from nightly import NIGHTLY
 from test_contract import CAUSAL, Structure
 
 import kreg
@@ -71,13 +72,12 @@ SPLIT = {form: over(form) for form in ("gather", "keys")}
 
 
 OFTEN = {("plain", "keys")}
-NIGHTLY = [pytest.mark.slow, pytest.mark.nightly]
 
 
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        pytest.param(*case, marks=NIGHTLY[:1] if case in OFTEN else NIGHTLY)
+        pytest.param(*case, marks=pytest.mark.slow if case in OFTEN else NIGHTLY)
         for case in itertools.product(WIDE, SPLIT)
     ],
 )
@@ -111,7 +111,6 @@ SIMULATORS = {
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SIMULATED)
 @pytest.mark.parametrize("simulator", SIMULATORS)
 def test_programs_run_side_by_side_and_copies_when_they_will(simulator, name, capfd):
@@ -140,7 +139,6 @@ def test_kernels_keep_the_contract(name):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("parts", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("name", WIDE)
 def test_kernels_keep_the_contract_under_every_mask(name, parts):
@@ -156,7 +154,7 @@ BANDWIDTHS = {"heads": (0, 1, 0), "queries": (0, 0, 1), "all": (1, 1, 1)}
 @pytest.mark.parametrize(
     ("name", "of"),
     [
-        pytest.param(*case, marks=NIGHTLY[:1] if case == ("causal", "heads") else NIGHTLY)
+        pytest.param(*case, marks=pytest.mark.slow if case == ("causal", "heads") else NIGHTLY)
         for case in itertools.product(("causal", "many keys", "anchored", "fixed"), BANDWIDTHS)
     ],
 )

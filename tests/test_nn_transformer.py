@@ -205,7 +205,7 @@ def test_a_tied_head_is_no_parameter_of_its_own():
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param("softmax", marks=[pytest.mark.slow, pytest.mark.nightly]), "biweight"],
+    [pytest.param("softmax", marks=pytest.mark.nightly), "biweight"],
 )
 @pytest.mark.slow
 def test_training_lowers_the_loss(method):

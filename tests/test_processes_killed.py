@@ -88,7 +88,6 @@ def undisturbed(tmp_path_factory) -> Callable[..., Path]:
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_killed_twenty_times_it_ends_as_if_nobody_had(undisturbed, tmp_path):
     """One process or all; the same processes go on, and end with the same bits."""
@@ -129,7 +128,6 @@ def test_other_processes_go_on(splits, undisturbed, tmp_path):
     np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_a_language_model_of_two_processes_is_that_of_one(tmp_path):
     """Time and parameters are split between them; the numbers of a result are those of one."""
@@ -147,7 +145,6 @@ def test_a_language_model_of_two_processes_is_that_of_one(tmp_path):
     np.testing.assert_allclose(one["support"], other["support"], rtol=1e-2)
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.parametrize("model", ["mosaic", "transformer"])
 def test_sequences_drawn_by_two_processes_are_those_of_one(model, tmp_path):

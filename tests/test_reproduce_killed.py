@@ -47,7 +47,6 @@ def finish(process) -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", TINY)
 def test_killed_twenty_times_it_ends_as_if_nobody_had(name, tmp_path):

@@ -164,7 +164,6 @@ def automata_losses(method, dtype, rates, steps=10):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, rates",
     [("softmax", (4e-3, 4e-3)), ("biweight", (1e-3, 4e-3))],
