@@ -36,6 +36,7 @@ from pallas_kernels.mosaic_gpu.tiles import (
     product,
     put,
     result,
+    rounded,
     some_above,
     staged,
     staging,
@@ -349,32 +350,38 @@ class _Program(Program):
             x = jnp.maximum(y - across(cut), 0)
             plgpu.barrier_wait(self.shared.value_ready.at[slot])
 
-            def add(out, lower, total, slope, support):
+            def add(out, lower, weight, total, slope, support):
                 self._note(j)
-                values = self.shared.value.at[slot]
+                values, through = self.shared.value.at[slot], staged(self.shared)
                 p = power(x, plan.order)
                 total = total + jnp.sum(p, axis=1)
-                out = add_product(plan, out, self._dropped(p, j), values, staged(self.shared))
+                if plan.sums_rounded:
+                    p = rounded(plan, p)
+                    weight = weight + jnp.sum(p, axis=1)
+                out = add_product(plan, out, self._dropped(p, j), values, through)
                 u = power(x, plan.order - 1)
                 slope = slope + jnp.sum(u, axis=1)
-                lower = add_product(plan, lower, self._dropped(u, j), values, staged(self.shared))
+                lower = add_product(plan, lower, self._dropped(u, j), values, through)
                 if plan.with_support:
                     support = support + jnp.sum(power(x, 0), axis=1)
-                return out, lower, total, slope, support
+                return out, lower, weight, total, slope, support
 
             live = some_above(jnp.max(x, axis=1))
             return *lax.cond(live, add, lambda *carry: carry, *carry), seen
 
-        nothing = zeros(plan.value_width)
-        carry = nothing, nothing, filled(0.0), filled(0.0), filled(0.0), filled(0.0)
-        out, lower, total, slope, support, seen = self._stream(count, tile, step, carry, True)
-        self._store(out, lower, cut, total, slope, seen if counts else best, support)
+        nothing, none = zeros(plan.value_width), filled(0.0)
+        carry = nothing, nothing, none, none, none, none, none
+        out, lower, weight, *rows, seen = self._stream(count, tile, step, carry, True)
+        total, slope, support = rows
+        weight = weight if plan.sums_rounded else total
+        found = cut, total, slope, seen if counts else best, support
+        self._store((out, lower), (weight, slope), *found)
 
     def _note(self, j) -> None:
         word, bit = lax.div(j, integer(WORD)), lax.rem(j, integer(WORD))
         self.shared.words[word] = self.shared.words[word] | lax.shift_left(integer(1), bit)
 
-    def _store(self, out, lower, *rows) -> None:
+    def _store(self, averages, weights, *rows) -> None:
         at = self.batch, self.head, self.block
         for i, numbers in enumerate(rows):
             self.shared.found.at[i][...] = numbers
@@ -382,8 +389,8 @@ class _Program(Program):
         plgpu.copy_smem_to_gmem(self.shared.found, self.to.rows.at[at])
         plgpu.copy_smem_to_gmem(self.shared.words, self.to.live.at[at])
         plgpu.copy_smem_to_gmem(self.shared.work, self.to.work.at[at])
-        total, slope = rows[1:3]
         rows = pl.ds(self.block * TILE, TILE)
-        for sums, weight, to in ((out, total, self.to.out), (lower, slope, self.to.lower)):
-            x = sums * across(inverse(weight), self.plan.value_width)
+        results = self.to.out, self.to.lower
+        for average, weight, to in zip(averages, weights, results, strict=True):
+            x = average * across(inverse(weight), self.plan.value_width)
             put(x, self.shared.out, to.at[self.batch, rows, self.head])

@@ -58,6 +58,15 @@ class Plan:
     with_support: bool
 
     @property
+    def sums_rounded(self) -> bool:
+        """Whether averages are divided by the sums of weights as products take them.
+
+        What all weights of a row are off by alike then cancels; wide values leave no registers for
+        it, and parts of float32 are off by nothing.
+        """
+        return self.parts == 1 and self.value_width <= TILE
+
+    @property
     def in_registers(self) -> bool:
         """Whether weights go to a product from registers; parts would take too many."""
         return self.parts == 1 and not self.interpreted

@@ -39,6 +39,7 @@ from pallas_kernels.mosaic_gpu.tiles import (
     add_product,
     filled,
     operand,
+    rounded,
     staged,
     staging,
     zeros,
@@ -125,7 +126,7 @@ def _shared(plan: Plan, stages: int) -> dict[str, Any]:
         shape = groups * (tiles - _held(plan)), TILE, TILE
         shared["score"] = plgpu.SMEM(shape, jnp.float32, transforms=_SCORES)
     if groups > 1:
-        shared["part"] = plgpu.SMEM((2, groups, 4, TILE), jnp.float32)
+        shared["part"] = plgpu.SMEM((2, groups, 5, TILE), jnp.float32)
         shared["parted"] = plgpu.Barrier(num_arrivals=groups)
         shared["sum"] = plgpu.SMEM((TILE, 2 * TILE), jnp.float32, transforms=_SCORES)
         shared["summed"] = plgpu.Barrier(num_barriers=2)
@@ -333,9 +334,10 @@ class _Program(Program):
                 nothing = plgpu.load(self.shared.told.at[self.group], layout=ROWS)
                 self.kept = [x + across(nothing) for x in self.kept]
             first = len(found)
-            sums, averages = self._weigh(cut, live, count, exponents, first)
-            turn, *sums = self._joined(turn, operator.add, *sums)
-            self._store(first, averages, sums)
+            sums, weights, averages = self._weigh(cut, live, count, exponents, first)
+            turn, *joined = self._joined(turn, operator.add, *weights, *sums)
+            weights, sums = joined[: len(weights)], joined[len(weights) :]
+            self._store(first, averages, [*weights, *sums[len(weights) : len(averages)]])
             found += sums
         # After the sums of two powers those of the last round's keys, where they are counted.
         total, slope, support, visible = (*found, *[filled(0.0)] * (4 - len(found)))
@@ -359,6 +361,7 @@ class _Program(Program):
     def _weigh(self, cut, live, count, exponents: list[float], turn: int):
         """Sums powers over a warpgroup's tiles with weight: of rows, and times values.
 
+        Between the two come sums of the first power as it multiplies the values, where there are.
         turn: how often the values have been fetched before. In the last round, when registers have
         room, keys with weight are counted too, and those that are seen come along.
         """
@@ -371,24 +374,27 @@ class _Program(Program):
             ready = self.shared.value_ready
             self._fetch(self.given.values, self._tile(i), slot, self.values, ready)
 
-        def add(i, y, t, sums, averages, support):
+        def add(i, y, t, sums, by, averages, support):
             slot = self._slot(turn * count + t)
             values = self.values.at[slot]
             x = y()
             if not (self.above and isinstance(i, int)):
                 x = jnp.maximum(x - across(cut), 0)
             plgpu.barrier_wait(self.shared.value_ready.at[slot])
-            sums, averages = list(sums), list(averages)
+            sums, by, averages = list(sums), list(by), list(averages)
             for n, m in enumerate(exponents):
                 weights = power(x, m)
                 sums[n] = sums[n] + jnp.sum(weights, axis=1)
+                if n < len(by):
+                    weights = rounded(plan, weights)
+                    by[n] = by[n] + jnp.sum(weights, axis=1)
                 weights = self._dropped(weights, self._tile(i))
                 averages[n] = add_product(plan, averages[n], weights, values, self._staged)
             if counts:
                 support = support + jnp.sum(power(x, 0), axis=1)
             plgpu.commit_smem()
             pl.when(t + self.stages < count)(lambda: begin(t + self.stages))
-            return t + 1, sums, averages, support
+            return t + 1, sums, by, averages, support
 
         def visit(i, y, *carry):
             has = (live & _bit(i)) != 0
@@ -398,9 +404,10 @@ class _Program(Program):
             pl.when(t < count)(functools.partial(begin, integer(t)))
         sums = [filled(0.0)] * number
         averages = [zeros(plan.value_width)] * number
-        carry = integer(0), sums, averages, filled(0.0)
-        _, sums, averages, support = self._over_tiles(visit, *carry)
-        return [*sums, *[support, self.seen] * counts], averages
+        by = [filled(0.0)] if plan.sums_rounded else []
+        carry = integer(0), sums, by, averages, filled(0.0)
+        _, sums, by, averages, support = self._over_tiles(visit, *carry)
+        return [*sums, *[support, self.seen] * counts], by, averages
 
     @property
     def _staged(self):
@@ -433,7 +440,7 @@ class _Program(Program):
 
     def _store(self, first: int, sums, weights) -> None:
         """Adds up the two warpgroups' averages from the first on; one of them writes each."""
-        found = list(enumerate(zip(sums, weights, strict=False), first))
+        found = list(enumerate(zip(sums, weights, strict=True), first))
         if self.groups > 1:
             for i, (x, _) in found:
                 self._only(1 - i, functools.partial(self._give, i, x))

@@ -152,6 +152,11 @@ def add_product(plan: Plan, total, left: Float[Array, "64 64"], right, through) 
     return total
 
 
+def rounded(plan: Plan, x: Array) -> Array:
+    """Numbers as `add_product` takes them, still in float32."""
+    return x.astype(plan.dtype).astype(jnp.float32)
+
+
 class Seen(NamedTuple):
     """What says which keys of a tile a block of queries sees; queries are along `axis`.
 

@@ -27,6 +27,7 @@ from pallas_kernels.mosaic_tpu.tiles import (
     columns,
     dropped,
     hidden,
+    rounded,
     some_above,
     times,
 )
@@ -363,6 +364,9 @@ class _Program:
                 for i, exponent in enumerate((plan.order, plan.order - 1)):
                     x = power(jnp.maximum(y[...] - cut, 0), exponent)
                     refs.sums[i : i + 1] += jnp.sum(x, axis=0, keepdims=True)
+                    x = rounded(plan, x)
+                    if not plan.is_exact:
+                        refs.sums[4 + i : 5 + i] += jnp.sum(x, axis=0, keepdims=True)
                     x = dropped(plan, x, refs.draws[...], refs.word, start)
                     refs.outs[i] += times(plan, value, x)
                 if plan.with_support:
@@ -384,5 +388,9 @@ class _Program:
         if self.plan.rule is Fixed and self.plan.with_support:
             refs.found[3:4] = refs.sums[3:4]
         refs.found[4:5] = support
+        # By the sums of what the values were multiplied by: what all weights of a row are off by
+        # alike cancels.
+        if not self.plan.is_exact:
+            total, slope = refs.sums[4:5], refs.sums[5:6]
         refs.out[...] = (refs.outs[0] * inverse(total)).astype(refs.out.dtype)
         refs.lower[...] = (refs.outs[1] * inverse(slope)).astype(refs.lower.dtype)
