@@ -1,6 +1,7 @@
 """The contract, for kernels that are interpreted: a structure at a time, few shapes."""
 
 import functools
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,13 +32,14 @@ class Interpreted:
     """An implementation whose kernels are run by an interpreter.
 
     mode: the context in which they are; structures: by name, what is compiled once; op: what calls
-    them.
+    them; widest: of values in half types, up to where rounding their weights costs nothing.
     """
 
     implementation: str
     mode: Callable[[], AbstractContextManager]
     structures: dict[str, Structure]
     op: Callable = kreg.attention
+    widest: float = math.inf
 
     @functools.cache  # noqa: B019, there are a few for all time
     def compiled(self, name: str):
@@ -79,7 +81,8 @@ class Interpreted:
             *clean[:3], case.bias, case.where, order=cell.order, rule=cell.rule, scale=scale
         )
         out, stats, gradients = self.computed(name, case, h)
-        check_output(s, case, clean[2], want, out)
+        rounded = s.dtype != "float32" and s.shape.V > self.widest
+        check_output(s, case, clean[2], want, out, 1 + rounded)
         check_stats(s, want, stats)
         if not (ties and s.rule == "anchored"):
             check_gradients(s, case, clean[3], want, gradients)
@@ -92,3 +95,11 @@ def drawn(s: Structure, seed: int, spread: float = 1.0, parts: int = 0, ties: bo
              32: ("query_seq_lengths", "key_value_seq_lengths")}  # fmt: skip
     mask = {name: case.mask[name] for bit, part in names.items() if parts & bit for name in part}
     return Case(case.arrays, case.bias, mask, case.where)
+
+
+def average_of_ones(implementation: str, keys: int) -> np.ndarray:
+    """Of bfloat16 values: 1 however weights are rounded, if what is divided by is their sum."""
+    query, key = np.random.default_rng(0).normal(size=(2, 1, keys, 1, 16))
+    query, key = (jnp.asarray(4 * x, "bfloat16") for x in (query[:, :66], key))
+    out = kreg.attention(query, key, jnp.ones_like(key), implementation=implementation)
+    return np.asarray(out, np.float32)

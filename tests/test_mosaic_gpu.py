@@ -16,7 +16,7 @@ import pytest
 from attention_inputs import Shape, rounded
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from kernel_contract import DECLINED, Interpreted, drawn
+from kernel_contract import DECLINED, Interpreted, average_of_ones, drawn
 from nightly import NIGHTLY
 from test_contract import CAUSAL, Structure
 
@@ -61,7 +61,7 @@ def any_length(monkeypatch):
     monkeypatch.setattr(short, "MOST_KEYS", 0)
 
 
-CONTRACT = Interpreted("mosaic_gpu", interpreted, ALL)
+CONTRACT = Interpreted("mosaic_gpu", interpreted, ALL, widest=64)
 check = CONTRACT.check
 
 
@@ -165,6 +165,11 @@ def test_dropout_is_that_of_the_reference(bandwidth):
     wanted = jax.tree.map(np.asarray, both("reference", *arrays[:3], cotangent=arrays[3]))
     for x, y in zip(found, wanted, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5 * np.abs(y).max(), rtol=0)
+
+
+def test_what_all_weights_of_a_row_are_off_by_cancels():
+    with interpreted():
+        assert np.all(average_of_ones("mosaic_gpu", keys=140) == 1)
 
 
 def test_a_query_of_nan_spoils_no_other():

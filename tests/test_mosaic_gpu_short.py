@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import test_mosaic_gpu as mosaic
 from attention_inputs import Shape
-from kernel_contract import drawn
+from kernel_contract import average_of_ones, drawn
 from nightly import NIGHTLY
 from test_contract import CAUSAL, Structure
 
@@ -135,6 +135,11 @@ def test_scores_are_formed_once_and_tiles_without_weight_are_left_out():
     assert np.all(live >> tiles == 0) and np.all((live >> (tiles - 1)) & 1)
     assert np.all(passes <= 5) and np.all(refined <= passes * first)
     assert last.sum() < first.sum() and refined.sum() < (passes * first).sum()
+
+
+def test_what_all_weights_of_a_row_are_off_by_cancels():
+    with mosaic.interpreted():
+        assert np.all(average_of_ones("mosaic_gpu", keys=300) == 1)
 
 
 def test_a_query_of_nan_spoils_no_other():

@@ -17,7 +17,7 @@ import pytest
 from attention_inputs import Shape, rounded
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from kernel_contract import DECLINED, Interpreted, drawn
+from kernel_contract import DECLINED, Interpreted, average_of_ones, drawn
 from nightly import NIGHTLY
 from test_contract import CAUSAL, Structure
 
@@ -286,6 +286,11 @@ def test_two_runs_agree_and_rows_do_not_depend_on_others():
     rest = np.arange(384) != 70
     np.testing.assert_array_equal(first[:, rest], other[:, rest])
     assert np.all(np.isnan(other[0, 70]))
+
+
+def test_what_all_weights_of_a_row_are_off_by_cancels():
+    with as_xla():
+        assert np.all(average_of_ones("mosaic_tpu", keys=300) == 1)
 
 
 @pytest.mark.slow
