@@ -126,7 +126,7 @@ def _shared(plan: Plan, stages: int) -> dict[str, Any]:
         shape = groups * (tiles - _held(plan)), TILE, TILE
         shared["score"] = plgpu.SMEM(shape, jnp.float32, transforms=_SCORES)
     if groups > 1:
-        shared["part"] = plgpu.SMEM((2, groups, 5, TILE), jnp.float32)
+        shared["part"] = plgpu.SMEM((2, groups, 4 + plan.sums_rounded, TILE), jnp.float32)
         shared["parted"] = plgpu.Barrier(num_arrivals=groups)
         shared["sum"] = plgpu.SMEM((TILE, 2 * TILE), jnp.float32, transforms=_SCORES)
         shared["summed"] = plgpu.Barrier(num_barriers=2)
