@@ -27,7 +27,6 @@ from pallas_kernels.mosaic_tpu.tiles import (
     columns,
     dropped,
     hidden,
-    rounded,
     some_above,
     times,
 )
@@ -131,11 +130,11 @@ def _scratch(plan: Plan) -> dict[str, Any]:
     slots = plan.tiles * sizes.pieces if plan.keeps else 1
     scratch = {
         "key": pltpu.VMEM((STAGES, plan.width, sizes.tile), dtype),
-        "value": pltpu.VMEM((STAGES, plan.value_width, sizes.tile), dtype),
+        "value": pltpu.VMEM((STAGES, plan.ones + plan.value_width, sizes.tile), dtype),
         "y": pltpu.VMEM((slots, sizes.piece, sizes.block), jnp.float32),
         "line": pltpu.VMEM((8, sizes.block), jnp.float32),
         "sums": pltpu.VMEM((8, sizes.block), jnp.float32),
-        "outs": pltpu.VMEM((2, plan.value_width, sizes.block), jnp.float32),
+        "outs": pltpu.VMEM((2, plan.ones + plan.value_width, sizes.block), jnp.float32),
         "tile": pltpu.SMEM((plan.tiles,), jnp.int32),
         "bits": pltpu.SMEM((plan.tiles,), jnp.int32),
         "count": pltpu.SMEM((2,), jnp.int32),
@@ -165,6 +164,8 @@ class _Program:
         refs, plan = self.refs, self.plan
         refs.found[...] = jnp.zeros(refs.found.shape, jnp.float32)
         refs.count[0] = integer(0)
+        if plan.ones:
+            refs.value[:, : plan.ones] = jnp.ones_like(refs.value[:, : plan.ones])
         for j in range(4):
             refs.work[0, j] = integer(0)
 
@@ -199,8 +200,9 @@ class _Program:
                     (lambda j: columns(refs.by_keys.at[self.batch], j, size), refs.by_key)
                 )
         if values:
+            into = refs.value.at[:, self.plan.ones :]
             sources.append(
-                (lambda j: columns(refs.values.at[self.batch, self.key_head], j, size), refs.value)
+                (lambda j: columns(refs.values.at[self.batch, self.key_head], j, size), into)
             )
         return Stream(*sources, semaphores=refs.arrived)
 
@@ -364,9 +366,6 @@ class _Program:
                 for i, exponent in enumerate((plan.order, plan.order - 1)):
                     x = power(jnp.maximum(y[...] - cut, 0), exponent)
                     refs.sums[i : i + 1] += jnp.sum(x, axis=0, keepdims=True)
-                    x = rounded(plan, x)
-                    if not plan.is_exact:
-                        refs.sums[4 + i : 5 + i] += jnp.sum(x, axis=0, keepdims=True)
                     x = dropped(plan, x, refs.draws[...], refs.word, start)
                     refs.outs[i] += times(plan, value, x)
                 if plan.with_support:
@@ -388,9 +387,7 @@ class _Program:
         if self.plan.rule is Fixed and self.plan.with_support:
             refs.found[3:4] = refs.sums[3:4]
         refs.found[4:5] = support
-        # By the sums of what the values were multiplied by: what all weights of a row are off by
-        # alike cancels.
-        if not self.plan.is_exact:
-            total, slope = refs.sums[4:5], refs.sums[5:6]
-        refs.out[...] = (refs.outs[0] * inverse(total)).astype(refs.out.dtype)
-        refs.lower[...] = (refs.outs[1] * inverse(slope)).astype(refs.lower.dtype)
+        for i, (weight, to) in enumerate(((total, refs.out), (slope, refs.lower))):
+            if self.plan.ones:
+                weight = refs.outs[i, 0:1]
+            to[...] = (refs.outs[i, self.plan.ones :] * inverse(weight)).astype(to.dtype)

@@ -42,6 +42,15 @@ class Plan:
         return self.dtype == jnp.float32
 
     @property
+    def ones(self) -> int:
+        """Rows of ones above the values: weights times these are the sums of rounded weights.
+
+        What all weights of a row are off by alike cancels if averages are divided by that. Where
+        weights are dropped it is not what to divide by.
+        """
+        return 0 if self.is_exact or self.drops else 32 // jnp.dtype(self.dtype).itemsize
+
+    @property
     def precision(self):
         return lax.Precision.HIGHEST if self.is_exact else lax.Precision.DEFAULT
 

@@ -38,11 +38,6 @@ def times_turned(plan: Plan, left: Float[Array, "D q"], right: Float[Array, "k q
     return _dot(plan, left, right.astype(left.dtype), _LAST)
 
 
-def rounded(plan: Plan, x: Array) -> Array:
-    """Numbers as `times` takes them, still in float32."""
-    return x if plan.is_exact else x.astype(plan.dtype).astype(jnp.float32)
-
-
 def _dot(plan: Plan, left, right, contracted) -> Array:
     return lax.dot_general(
         left,
