@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic_tpu.sizes import Sizes
+from pallas_kernels.mosaic_tpu.sizes import Sizes, row_multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Plan:
         What all weights of a row are off by alike cancels if averages are divided by that. Where
         weights are dropped it is not what to divide by.
         """
-        return 0 if self.is_exact or self.drops else 32 // jnp.dtype(self.dtype).itemsize
+        return 0 if self.is_exact or self.drops else row_multiple(self.dtype)
 
     @property
     def precision(self):
