@@ -191,6 +191,7 @@ def test_a_query_of_nan_spoils_no_other():
     [
         *DECLINED,
         ("types", {"dtype": jnp.float64}),
+        ("float16", {"dtype": jnp.float16, "bandwidth": kreg.Fixed(1.0), "scale": 1.0}),
     ],
 )
 def test_what_is_declined_is_named(what, arguments):

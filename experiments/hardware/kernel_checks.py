@@ -24,6 +24,9 @@ WIDTHS = (64, 128, 16, 32, 256)
 DTYPES = ("bfloat16", "float16", "float32")
 LENGTHS = ((1, 1), (63, 63), (64, 130), (65, 65), (200, 777), (1000, 1000), (4096, 4096))
 _CASES = 42
+# How many values of an axis are skipped after every round: of 40,000 tries these let the most
+# values of two axes meet, 92 % of them.
+_SKIPPED = (6, 5, 1, 4, 5, 7, 3)
 MASKS = ("causal", "none", "offset -1", "window", "segments", "lengths", "ranges by key")
 
 
@@ -63,12 +66,17 @@ class Shape:
 def shapes() -> list[Shape]:
     """List cases in which every value of every axis meets many of the others."""
     axes = LENGTHS, WIDTHS, (1, 2, 4), ORDERS, tuple(RULES), MASKS, DTYPES
-    # Along an axis values follow each other, and skip one after every round, so that they meet.
-    columns = [[axis[(i + i // len(axis)) % len(axis)] for i in range(_CASES)] for axis in axes]
+    columns = [
+        [axis[(i + skipped * (i // len(axis))) % len(axis)] for i in range(_CASES)]
+        for skipped, axis in zip(_SKIPPED, axes, strict=True)
+    ]
     found = []
     for (T, S), *rest in zip(*columns, strict=True):
         shape = Shape(T, S, *rest)
-        if not (shape.dtype == "float32" and shape.H > 128):
+        # These Hopper's kernels do not take; see pallas_kernels/README.md.
+        wide = shape.dtype == "float32" and shape.H > 128
+        small = shape.dtype == "float16" and shape.rule == "fixed" and shape.order > 1
+        if not (wide or small):
             found.append(shape)
     return found
 

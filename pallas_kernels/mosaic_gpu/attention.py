@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from kreg.bandwidth import Fixed
 from kreg.implementations import device_kind, is_hopper
 from kreg.inputs import Inputs
 from kreg.problem import Problem
@@ -35,6 +36,11 @@ def declined(problem: Problem) -> str | None:
         and max(problem.sizes["t"], problem.sizes["s"]) > 16384,
         "types that differ, or are not bfloat16, float16 or float32": len(types) > 1
         or not types <= set(_PARTS),
+        "float16 under Fixed, whose powers above 1 may all be less than its least number": (
+            jnp.dtype(jnp.float16) in types
+            and isinstance(problem.rule, Fixed)
+            and problem.kernel.static_order != 1
+        ),
     }
     return reason(cases)
 
