@@ -112,6 +112,9 @@ def _steps(order: float, total, slope, curve=None):
     newton = (norm - 1) * inverse(slope * share * norm)
     if curve is None:
         return newton, jnp.maximum(newton, 0)
-    # Halley's, g'' / (2 |g'|) of the norm g; at most twice as far: far off it may be anything.
+    # Halley's, g'' / (2 |g'|) of the norm g; at most twice as far: far off it may be anything. Nor
+    # beyond the best score, where there are no sums to come back by: that is at least the mean
+    # ratio of the powers away, and Newton's step is shorter.
     bend = (order - 1) / 2 * (curve * inverse(slope) - slope * share)
-    return newton, newton / jnp.maximum(1 - newton * bend, 0.5)
+    halley = newton / jnp.maximum(1 - newton * bend, 0.5)
+    return newton, jnp.minimum(halley, (newton + total * inverse(slope)) / 2)
