@@ -71,16 +71,9 @@ def over(form: str) -> Interpreted:
 SPLIT = {form: over(form) for form in ("gather", "keys")}
 
 
-OFTEN = {("plain", "keys")}
-
-
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [
-        pytest.param(*case, marks=pytest.mark.slow if case in OFTEN else NIGHTLY)
-        for case in itertools.product(WIDE, SPLIT)
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("form", SPLIT)
+@pytest.mark.parametrize("name", WIDE)
 def test_kernels_keep_the_contract_over_a_mesh(name, form):
     """Ragged parts, masks of all kinds, devices without a key of a row."""
     SPLIT[form].check(name, drawn(WIDE[name], 0, 1.0, MASKS["all"]))

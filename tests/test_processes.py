@@ -140,7 +140,7 @@ def test_half_of_a_plain_host_s_variables(monkeypatch):
     [
         # The first holds all together: its death is noticed at once.
         ("idle", 0, signal.SIGKILL),
-        pytest.param("idle", 1, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("idle", 1, signal.SIGKILL, marks=NIGHTLY),
         pytest.param("step", 0, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param("step", 1, signal.SIGKILL, marks=NIGHTLY),
         # Outside of a training nobody keeps this signal.

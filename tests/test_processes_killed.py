@@ -103,14 +103,9 @@ def test_killed_twenty_times_it_ends_as_if_nobody_had(undisturbed, tmp_path):
     assert losses(tmp_path) == losses(alone)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
-    "splits",
-    [
-        ("1 of 4", "2 of 2"),
-        pytest.param(("2 of 2", "4 of 1"), marks=pytest.mark.nightly),
-        pytest.param(("4 of 1", "1 of 4", "2 of 2"), marks=pytest.mark.nightly),
-    ],
+    "splits", [("1 of 4", "2 of 2"), ("2 of 2", "4 of 1"), ("4 of 1", "1 of 4", "2 of 2")]
 )
 def test_other_processes_go_on(splits, undisturbed, tmp_path):
     """All but the last are asked to stop, save, and end with status 0."""
