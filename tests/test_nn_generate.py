@@ -38,8 +38,7 @@ NIGHTLY += ("triweight@fixed-", "top3_uniform-", "biweight-True-1", "top3_unifor
 
 def cases() -> list:
     """All blocks, of which most take their time in `make slow` and `make nightly`."""
-    nightly = pytest.mark.nightly
-    when = dict.fromkeys(QUICK, ()) | dict.fromkeys(NIGHTLY, nightly)
+    when = dict.fromkeys(QUICK, ()) | dict.fromkeys(NIGHTLY, pytest.mark.nightly)
     return [
         pytest.param(*case, id=name, marks=when.get(name, pytest.mark.slow))
         for case, name in zip(CASES, NAMES, strict=True)
