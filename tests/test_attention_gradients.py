@@ -129,7 +129,7 @@ def test_check_grads(cell, implementation):
 
 
 @pytest.mark.core
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_check_grads_of_entmax():
     """One alpha a row, so that one compilation serves them all."""
     alphas = (1.01, 1.2, 1.5, 1.8, 2.0, 2.5)

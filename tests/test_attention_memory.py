@@ -50,7 +50,7 @@ def test_xla_is_linear(mode):
     [
         pytest.param(kreg.Adaptive(), marks=pytest.mark.slow),
         pytest.param(kreg.Fixed(1.2), marks=pytest.mark.nightly),
-        pytest.param(kreg.Nearest(8), marks=pytest.mark.slow),
+        pytest.param(kreg.Nearest(8), marks=pytest.mark.nightly),
     ],
     ids=repr,
 )

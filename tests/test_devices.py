@@ -45,11 +45,8 @@ def test_losses_do_not_depend_on_the_devices(devices, dtype, steps, tolerance):
         np.testing.assert_allclose(found, alone(steps, dtype), rtol=tolerance, atol=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(x, marks=() if x == "relumax" else pytest.mark.nightly) for x in METHODS],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", METHODS)
 def test_gradients_of_every_method(method):
     """On a mesh of explicit axes."""
     want, got = gradients(ONE, method), gradients(Devices(2, 2, 2, explicit=True), method)

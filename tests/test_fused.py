@@ -96,7 +96,7 @@ def test_packed_documents_are_skipped_for_real():
     [
         kreg.biweight,
         pytest.param(kreg.epanechnikov, marks=NIGHTLY),
-        pytest.param(kreg.gaussian, marks=pytest.mark.slow),
+        pytest.param(kreg.gaussian, marks=NIGHTLY),
     ],
 )
 def test_second_derivatives_and_forward_mode(kernel):

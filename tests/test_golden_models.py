@@ -20,7 +20,6 @@ from golden_files import (
     mosaic_config,
     open_group,
 )
-from nightly import nightly
 
 from kreg.nn import MemoryMosaic, MosaicConfig, from_torch, to_torch
 
@@ -138,9 +137,9 @@ def targets_after(tokens, targets, special):
     return np.where(real, targets, -1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", nightly(group_names("eft_task_stack"), but=["task_sort"]))
+@pytest.mark.parametrize("name", group_names("eft_task_stack"))
 def test_golden_eft_task_stack(name):
     group = open_group("eft_task_stack", name)
     methods = group.members("logits")

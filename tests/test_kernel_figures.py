@@ -47,7 +47,7 @@ def test_effective_bandwidth_prescribes_the_unnormalised_sum(kernel):
     np.testing.assert_allclose(total, (2 * r * h**2 / width**2) ** r, rtol=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_writes_both_figures_and_refuses_a_file_as_folder(
     tmp_path, monkeypatch, capsys
 ):

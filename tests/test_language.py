@@ -233,7 +233,7 @@ def test_the_optimizer_decays_by_what_the_options_say():
     assert not np.any(updates["norm"]["scale"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_narrow_matrices_give_nearly_the_same_loss(documents, tmp_path):
     config = parse(command(tmp_path / "out", documents))
     data = task.TASK.load(config)

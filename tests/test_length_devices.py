@@ -76,13 +76,13 @@ def test_devices_draw_and_learn_from_their_own_rows(task, model, devices):
         assert operations < whole_operations / 6
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "model, devices",
     [
         ("transformer", "data=4,fsdp=2"),
-        pytest.param("mosaic", "data=2,fsdp=2,sequence=2", marks=pytest.mark.nightly),
-        pytest.param("mosaic", "sequence=8", marks=pytest.mark.nightly),
+        ("mosaic", "data=2,fsdp=2,sequence=2"),
+        ("mosaic", "sequence=8"),
     ],
 )
 def test_scores_are_those_of_one_device(model, devices):

@@ -90,7 +90,7 @@ def test_two_processes_are_one(launch, launcher):
         assert f"process {index} of 2, 2 of 4 devices" in err.splitlines()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_who_counts_otherwise_than_the_others_fails(launch):
     (first, _, _), (second, _, err) = _ends(launch("add", timeout=10, KREG_PROCESSES="3"))
     assert first != 0 and second == 1
@@ -159,7 +159,7 @@ def test_where_one_is_killed_the_other_ends_and_says_why(launch, tmp_path, what,
     assert "another one" in last and last.endswith("goes on from the last checkpoint.")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_where_one_fails_the_other_does_not_wait(launch):
     (first, _, waiting), (second, _, err) = _ends(launch("fail", timeout=10))
     assert first != 0 and "goes on from the last checkpoint." in waiting

@@ -104,12 +104,12 @@ def test_translation_and_rotation_change_nothing():
 
 DIFFERENTIATED = [
     Cell("biweight", "adaptive", 1.1),
-    pytest.param(Cell("epanechnikov", "anchored", 1.1), marks=pytest.mark.nightly),
-    pytest.param(Cell("order1.5", "fixed", 1.1), marks=pytest.mark.nightly),
+    Cell("epanechnikov", "anchored", 1.1),
+    Cell("order1.5", "fixed", 1.1),
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("cell", DIFFERENTIATED, ids=str)
 def test_check_grads(cell):
     queries, keys, values = draw(queries=3, keys=6, seed=5)

@@ -44,14 +44,8 @@ def test_parameters_are_those_of_the_model():
     assert sum(matrices) == SMALL.parameters
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "split",
-    [
-        Split(fsdp=8),
-        *(pytest.param(x, marks=pytest.mark.nightly) for x in (Split(data=8), Split(sequence=8))),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("split", [Split(fsdp=8), Split(data=8), Split(sequence=8)])
 def test_bytes_are_those_of_the_compiled_step(split):
     found = check(SMALL, split)
     assert found.compiled == pytest.approx(found.predicted, rel=0.1)

@@ -11,7 +11,7 @@ import test_contract as contract
 from attention_inputs import Shape, draw
 from cells import FOUR, Cell
 from jax.sharding import AxisType
-from nightly import NIGHTLY
+from nightly import NIGHTLY, nightly
 
 import kreg
 from experiments.scaling.collectives import messages, sent
@@ -43,7 +43,7 @@ def split(form: str, devices: int, implementation: str | None = None):
 # Structures of the contract, by number, with a form and a number of devices: one at once, more with
 # the slow tests, all nightly.
 AT_ONCE = {(0, "keys", 8)}
-SLOW = {(1, "gather", 4), (7, "keys", 4), (11, "keys", 8)}
+SLOW = {(1, "gather", 4), (7, "keys", 4)}
 LONGER = pytest.mark.slow
 
 
@@ -120,7 +120,7 @@ def often(values, *, at_once, slow):
     often(
         OPTIONS,
         at_once={"dropout-gather", "dropout-keys"},
-        slow={"null and cap-keys", "offset-keys"},
+        slow={"null and cap-keys"},
     ),
 )
 def test_options(name, form):
@@ -135,7 +135,7 @@ def test_options(name, form):
     often(
         FOUR,
         at_once={"biweight@adaptive-keys"},
-        slow={"epanechnikov@anchored-gather", "gaussian@nearest-keys"},
+        slow={"epanechnikov@anchored-gather"},
     ),
 )
 def test_every_rule(cell: Cell, form):
@@ -152,7 +152,7 @@ def test_every_rule(cell: Cell, form):
     [
         pytest.param("gather", "Auto", marks=NIGHTLY),
         ("gather", "Explicit"),
-        pytest.param("keys", "Auto", marks=LONGER),
+        pytest.param("keys", "Auto", marks=NIGHTLY),
         ("keys", "Explicit"),
     ],
 )
@@ -196,8 +196,8 @@ def test_causal_work_is_shared_evenly(devices):
     assert back.tolist() == list(range(length))
 
 
+@pytest.mark.parametrize("form", nightly(FORMS, but=["gather"]))
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
 def test_blocks_of_queries(form):
     """Rows too many to be formed at once, on the path that looks at blocks of them."""
     arrays = draw(Shape(B=1, T=300, S=640, N=2, K=1), seed=4, spherical=False)
@@ -222,7 +222,7 @@ def test_a_support_in_one_shard(devices):
     same(want, both(split("keys", devices), arrays))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_forward_derivatives_and_curvature():
     query, key, value, change = (
         jnp.asarray(x, jnp.float32) for x in draw(Shape(B=1, T=5, S=16, N=1, K=1, V=8))

@@ -175,7 +175,7 @@ def test_losses_are_those_of_each_seed_alone(method, rates):
     assert np.abs(wanted[0] - wanted[1]).min() > 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_losses_in_float64_are_those_of_each_seed_alone():
     with jax.enable_x64(True):
         wanted, found = automata_losses("biweight", jnp.float64, (1e-3, 4e-3))
