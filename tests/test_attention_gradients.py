@@ -99,13 +99,13 @@ def check_against_oracle(cell: Cell, implementation: str, dtype: str) -> None:
     ("cell", "implementation"),
     [
         (Cell("biweight", "adaptive"), "xla"),
-        pytest.param(Cell("biweight", "adaptive"), "reference", marks=pytest.mark.nightly),
-        pytest.param(Cell("epanechnikov", "anchored"), "reference", marks=pytest.mark.nightly),
-        pytest.param(Cell("triweight", "fixed"), "xla", marks=pytest.mark.nightly),
+        (Cell("biweight", "adaptive"), "reference"),
+        (Cell("epanechnikov", "anchored"), "reference"),
+        (Cell("triweight", "fixed"), "xla"),
     ],
     ids=str,
 )
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_check_grads(cell, implementation):
     """Order 2, forward and reverse, in query, key, value, bias and h, off the kinks."""
     cell = Cell(cell.kernel_name, cell.rule_name, 0.9, k=2)

@@ -142,7 +142,7 @@ def test_ones_far_above_the_rest_have_no_gradient():
 
 
 @pytest.mark.parametrize("modes", ["fwd", "rev"])
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_derivatives_of_normmax(modes):
     with jax.enable_x64(True):
         # The second row has no key near its threshold, where r < 1 is steep.

@@ -205,9 +205,9 @@ def check_parameters(models, index, golden, what):
         assert error <= 1e-8, f"{what}/{name}: off by {error:.3e}"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("rest", [False, pytest.param(True, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("rest", [False, True])
 def test_golden_trajectory(rest):
     group = open_group("trajectory")
     runs = group.chosen("loss", among=("biweight", "relumax"), rest=rest)

@@ -73,17 +73,6 @@ def bare(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def smoke(bare, tmp_path_factory):
-    """All parts in tiny sizes on such a machine: the command as it ended, and its two folders."""
-    folder = tmp_path_factory.mktemp("hardware")
-    out, results = folder / "out", folder / "results"
-    folders = ("--out", str(out), "--results", str(results))
-    # The shares of the budget must outlast a slow, shared machine.
-    words = ("--allow-cpu", "--smoke", "--budget", "60", "--commit", "abc", *folders)
-    return command(*words, PYTHONPATH=bare), out, results
-
-
 def test_the_block_blocks(bare):
     for name in LACKING:
         line = [sys.executable, "-c", f"import {name}"]
@@ -99,8 +88,13 @@ def test_only_a_cpu_is_one_line_and_no_work(bare, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_parts_end_well_where_packages_are_lacking(smoke):
-    ended, out, _ = smoke
+def test_all_parts_end_well_where_packages_are_lacking(bare, tmp_path, monkeypatch):
+    """In tiny sizes: one run of the command, and all that it leaves."""
+    out, results = tmp_path / "out", tmp_path / "results"
+    folders = ("--out", str(out), "--results", str(results))
+    # The shares of the budget must outlast a slow, shared machine.
+    words = ("--allow-cpu", "--smoke", "--budget", "60", "--commit", "abc", *folders)
+    ended = command(*words, PYTHONPATH=bare)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     summary = read(out / "summary.json")
     assert summary["status"] == {"contract": 0, "kernels": 0, "timing": 0, "queue": 0}
@@ -110,23 +104,23 @@ def test_all_parts_end_well_where_packages_are_lacking(smoke):
         assert about["device"]["platform"] == "cpu" and about["device"]["kind"]
         assert about["versions"]["jax"]
         assert about["commit"]
+    see_contract(ended.stdout, out, results)
+    see_timing(out)
+    see_queue(ended.stdout, out, results)
+    see_carried_runs_go_on(out / "queue", tmp_path, monkeypatch)
 
 
-@pytest.mark.slow
-def test_contract_in_small(smoke):
-    ended, out, results = smoke
+def see_contract(said: str, out: Path, results: Path) -> None:
     found = read(out / "contract.json")
     assert found["not_reached"] == found["failures"] == []
     assert found["summary"]["passed"] == len(found["findings"]) > 50
     for one in found["findings"]:
         assert one["passed"] and 0 <= one["worst_error"] <= one["bound"]
-        assert f"ok   {one['name']}" in ended.stdout
+        assert f"ok   {one['name']}" in said
     assert read(results / "cpu-contract.json") == found
 
 
-@pytest.mark.slow
-def test_timing_in_small(smoke):
-    _, out, _ = smoke
+def see_timing(out: Path) -> None:
     found = read(out / "timing.json")
     assert found["expected"] is None and not found["not_reached"]
     assert len(found["comparisons"]) == 2  # forward, forward+backward
@@ -140,24 +134,21 @@ def test_timing_in_small(smoke):
         assert comparison["jax xla"]["times_of"] == {"jax xla": 1}
 
 
-@pytest.mark.slow
-def test_queue_in_small(smoke):
-    ended, out, results = smoke
+def see_queue(said: str, out: Path, results: Path) -> None:
     found = read(out / "queue.json")
     (job,) = found["jobs"]
     assert job["state"] == "done" and job["runs_done"] == job["runs"] == 1
     assert job["steps_done"] == job["steps"] == 4 and job["hours_left"] == 0
     assert job["results"][0]["method"] == "biweight" and 0 <= job["results"][0]["accuracy"] <= 1
     assert found["disk"]["used_bytes"] > 0 and Path(found["carry"]["file"]).is_file()
-    assert "--carry" in ended.stdout and (out / "queue" / "smoke" / "table.md").is_file()
+    assert "--carry" in said and (out / "queue" / "smoke" / "table.md").is_file()
     assert read(results / "cpu-queue.json") == found
 
 
-@pytest.mark.slow
-def test_carried_runs_go_on(smoke, tmp_path, monkeypatch):
+def see_carried_runs_go_on(queue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an unfinished run the archive holds the last and the best checkpoint; it goes on there."""
     first, second = tmp_path / "first", tmp_path / "second"
-    shutil.copytree(smoke[1] / "queue", first / "queue")
+    shutil.copytree(queue, first / "queue")
     run = first / "queue" / "smoke" / "biweight" / "seed0"
     archive = first / "carry.tar.gz"
     finished = pack(first / "queue", archive)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nightly import NIGHTLY
 
 import kreg
 
@@ -61,7 +62,7 @@ def values_and_gradients(attend, inputs, cotangent):
 @pytest.mark.parametrize(
     "numbers",
     [
-        pytest.param(n, marks=[] if i % 2 else pytest.mark.slow if i else pytest.mark.core)
+        pytest.param(n, marks=[] if i % 2 else NIGHTLY if i else pytest.mark.core)
         for i, n in enumerate(every_pair())
     ],
     ids=str,

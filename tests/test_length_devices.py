@@ -21,12 +21,8 @@ ROWS, STEPS = 24, 4
 # Parameters have about a thousand numbers and more, so that some of them are split.
 SIZES = Sizes(layers=1, heads=2, width=32, hidden=40, dropout=0.1)
 SPLITS = "data=4,fsdp=2", "data=2,fsdp=2,sequence=2", "sequence=8"
-OFTEN = ("copy", "transformer", "data=2,fsdp=2,sequence=2")
 # Sequences of labels have an odd number of positions.
-CASES = [
-    pytest.param(*case, marks=() if case == OFTEN else pytest.mark.nightly)
-    for case in itertools.product(("copy", "nback"), ("mosaic", "transformer"), SPLITS)
-]
+CASES = list(itertools.product(("copy", "nback"), ("mosaic", "transformer"), SPLITS))
 
 
 def tiny(task: str, model: str, devices: str) -> Config:
@@ -59,7 +55,7 @@ def trained(task: str, model: str, devices: str) -> tuple[list[float], str, floa
     return losses, step.as_text(), step.cost_analysis()["flops"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("task, model, devices", CASES)
 def test_devices_draw_and_learn_from_their_own_rows(task, model, devices):
     losses, text, operations = trained(task, model, devices)

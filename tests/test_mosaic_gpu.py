@@ -96,11 +96,11 @@ def searched(query, key, value, **options):
 @pytest.mark.parametrize(
     ("name", "order"),
     [
-        ("apart", 2),
         ("clusters", 1),
-        ("flat", 3),
-        pytest.param("clusters", 2, marks=NIGHTLY),
-        pytest.param("flat", 2, marks=NIGHTLY),
+        *(
+            pytest.param(*case, marks=NIGHTLY)
+            for case in [("apart", 2), ("flat", 3), ("clusters", 2), ("flat", 2)]
+        ),
     ],
 )
 def test_skipped_tiles_hold_no_key_with_weight(name, order):
@@ -131,8 +131,8 @@ def test_skipped_tiles_hold_no_key_with_weight(name, order):
         assert passes.max() == 1  # exact after one pass: the other finds nothing to do
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["causal", pytest.param("float32", marks=NIGHTLY)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["causal", "float32"])
 def test_two_runs_agree_bit_by_bit(name):
     case = drawn(ALL[name], 3, 1.0, 63)
     jax.tree.map(

@@ -181,7 +181,12 @@ def bits(live) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "order", "kept"), [("topics", 2, True), ("topics", 1, False), ("flat", 3, False)]
+    ("name", "order", "kept"),
+    [
+        ("topics", 2, True),
+        pytest.param("topics", 1, False, marks=NIGHTLY),
+        pytest.param("flat", 3, False, marks=NIGHTLY),
+    ],
 )
 def test_pieces_without_weight_are_skipped_and_no_others(monkeypatch, name, order, kept):
     """Every key of every row: those with weight are in live pieces, and one pass sees all."""

@@ -122,7 +122,7 @@ def loss(model, row):
     return jnp.mean(jnp.square(model(row)))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_remat_and_tree_mode_change_nothing():
     row = tokens(2, 12)
     with jax.enable_x64(True):

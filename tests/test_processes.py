@@ -191,7 +191,7 @@ def test_the_time_of_one_stops_both_at_the_same_step(launch):
     assert found[0]["reason"] == found[1]["reason"] == "time"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_local_launcher_starts_and_stops_all(tmp_path):
     """It gives each a place among them, hands signals on, and ends all where one fails."""
 

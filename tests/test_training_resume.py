@@ -40,7 +40,7 @@ def _assert_same_run(directory: Path, reference: Path) -> None:
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_at_any_moment_it_ends_as_if_nobody_had(tmp_path, uninterrupted):
     directory = tmp_path / "run"
     checkpoints = directory / "checkpoints"
