@@ -17,7 +17,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; pad
 h1, h2 { line-height: 1.2; } section { border-top: 1px solid var(--line); margin-top: 2rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; }
-th.r, td.r { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th.r, td.r { text-align: right; font-variant-numeric: tabular-nums; } td { white-space: nowrap; }
 table.published { font-style: italic; background: var(--soft); }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; font-size: .9rem; }
@@ -77,7 +77,7 @@ def _figure(experiment: Experiment, found: Results) -> str:
 def _provenance(found: Results) -> str:
     cost = Cost.of(found)
     facts = {
-        "folder": found.folder.name,
+        "folder": "/".join(found.folder.resolve().parts[-2:]),
         "runs": f"{cost.runs}, seeds {', '.join(map(str, cost.seeds))}",
         "unfinished": str(len(found.unfinished)) if found.unfinished else "",
         "parameters": f"{cost.parameters:,}",
