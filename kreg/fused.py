@@ -89,8 +89,7 @@ def _forward(inputs: Inputs, rest: Problem):
         def average(block: Block, start, first, nothing):
             z = local.scores(block, start, first)
             cut = local.row_part(at, block, start)
-            rows = method.solve(z, cut)
-            p = method.weights(z, rows, cut)
+            rows, p = method.weigh(z, cut)
             seen = span(p, first, problem.sizes["s"]) if searches else None
             p = local.dropped(p, block, start, first)
             value = along(local.value, 1, first, block.keys)

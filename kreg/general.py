@@ -37,6 +37,11 @@ class General(NamedTuple):
             gap = relative_gap(kernel.static_order, rows.depth, excess)
         return Rows(rows.best[..., 0], gap[..., 0], jnp.ones_like(gap[..., 0]))
 
+    def weigh(self, z: Float[Array, "*rows n"], at: At) -> tuple[Rows, Array]:
+        """Finds the gap of every row, and evaluates p."""
+        rows = self.solve(z, at)
+        return rows, self.weights(z, rows, at)
+
     def weights(self, z: Float[Array, "*rows n"], rows: Rows, at: At) -> Array:
         """Evaluates p."""
         kernel, rule = self._kernel(at), self.rule

@@ -46,6 +46,7 @@ def decayed_sum(
     return _decayed_sum(x, rate, documents).astype(x.dtype)
 
 
+@jax.custom_jvp
 def _decayed_sum(x: Array, rate: Array, documents: Array | None) -> Float[Array, "B T N H"]:
     """Sum without rounding to x's type."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -62,6 +63,20 @@ def _decayed_sum(x: Array, rate: Array, documents: Array | None) -> Float[Array,
     if count > 1:
         local = local + _from_earlier_chunks(local[:, :, -1], rate.astype(dtype), documents, chunk)
     return local.reshape(x.shape[0], count * chunk, *x.shape[2:])[:, :length]
+
+
+@_decayed_sum.defjvp
+def _decayed_sum_jvp(primals, tangents):
+    """By S_t = a S_{t-1} + x_t the change is another such sum, of dx_t + da S_{t-1}."""
+    (_, rate, documents), (dx, drate, _) = primals, tangents
+    total = _decayed_sum(*primals)
+    before = jnp.pad(total[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
+    if documents is not None:
+        starts = documents[:, 1:] != documents[:, :-1]
+        starts = jnp.pad(starts, ((0, 0), (1, 0)), constant_values=True)
+        before = jnp.where(starts[..., None, None], 0, before)
+    change = dx.astype(total.dtype) - per_head(drate * jnp.exp(-rate), total) * before
+    return total, _decayed_sum(change, rate, documents)
 
 
 def _within_chunks(
@@ -91,20 +106,20 @@ def _from_earlier_chunks(
     if documents is None:
         going_on = heirs = None
     else:
-        ends = documents[:, :, -1]
-        before = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-        going_on = jnp.moveaxis(ends == before, 1, 0)[:, :, None, None]
+        of_ends = documents[:, :, -1]
+        before = jnp.pad(of_ends[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+        going_on = jnp.moveaxis(of_ends == before, 1, 0)[:, :, None, None]
         heirs = (documents == before[..., None])[..., None, None]
 
     def carry_on(total, step):
         end, alive = step
         kept = across * total if alive is None else jnp.where(alive, across * total, 0)
-        return kept + end, total
+        return kept + end, kept + end
 
-    ends_first = jnp.moveaxis(last, 1, 0)
-    # Zeros that differ from device to device as the ends do, for JAX's book of that.
-    nothing = jnp.where(ends_first[0] > 0, 0, 0).astype(last.dtype)
-    _, inherited = jax.lax.scan(carry_on, nothing, (ends_first, going_on))
+    ends = jnp.moveaxis(last, 1, 0)
+    rest = None if going_on is None else going_on[1:-1]
+    _, sums = jax.lax.scan(carry_on, ends[0], (ends[1:-1], rest))
+    inherited = jnp.pad(jnp.concatenate([ends[:1], sums]), ((1, 0), (0, 0), (0, 0), (0, 0)))
     steps = jnp.arange(1, chunk + 1)
     # Not by arrays made alike first: gradients would keep those.
     fading = jnp.exp(-rate[None, :] * steps[:, None])

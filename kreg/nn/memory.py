@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 import kreg
 from kreg.nn.compat import Method, dense_norm_relu, inverse_bandwidth, variant
 from kreg.nn.config import MosaicConfig
-from kreg.nn.features import KeyFeatures, ValueFeatures, normal, sparing
+from kreg.nn.features import KeyFeatures, ValueFeatures, normal, project, sparing
 from kreg.nn.leaky import LeakyState, per_head
 from kreg.stats import Stats
 
@@ -54,7 +54,7 @@ class Output(nnx.Module):
 
     def __call__(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T C"]:
         """Map all heads of a position to the stream."""
-        y = heads.reshape(*heads.shape[:2], -1) @ self.kernel[...]
+        y = project(heads.reshape(*heads.shape[:2], -1), self.kernel[...])
         return y if self.bias is None else y + self.bias[...][None, None]
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 import kreg
 from kreg.bandwidth import Rule
 from kreg.nn.config import TransformerConfig
-from kreg.nn.features import document_index, unit
+from kreg.nn.features import document_index, project, unit
 from kreg.nn.memory import attend_over, dropout, split_key
 from kreg.stats import Stats
 
@@ -36,7 +36,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """Map every position."""
-        y = x @ self.kernel[...]
+        y = project(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...][None, None]
 
 
