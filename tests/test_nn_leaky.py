@@ -61,6 +61,23 @@ def test_gradients_equal_differences(packed):
         np.testing.assert_allclose(np.sum(by_z * dz) + np.sum(by_rate * drate), slope, rtol=1e-7)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+def test_second_derivatives_equal_differences(packed):
+    """By the inputs and the rates, forward over reverse."""
+    with jax.enable_x64(True):
+        z, c, dz = np.random.default_rng(0).normal(size=(3, 1, 40, 3, 1))
+        documents = some_documents(1, 40) if packed else None
+        drate, step = np.array([0.3, 0.02, -0.7]), 1e-6
+
+        def slopes(z, rate):
+            return jax.grad(lambda *x: jnp.sum(c * decayed_sum(*x, documents)), (0, 1))(z, rate)
+
+        found = quick_jit(lambda *x: jax.jvp(slopes, x, (dz, drate))[1])(z, RATE)
+        ends = [quick_jit(slopes)(z + s * dz, RATE + s * drate) for s in (step, -step)]
+        for bend, after, before in zip(found, *ends, strict=True):
+            np.testing.assert_allclose(bend, (after - before) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("options", [{}, {"normalised": True}, {"bare": True}], ids=str)
 def test_steps_equal_the_whole(options):
     average = LeakyAverage(3, **options)
