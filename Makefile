@@ -16,7 +16,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce test slow nightly bench core aot aot-oldest schedules lint format figures hardware pins clean
+.PHONY: help demo reproduce test slow nightly bench core aot oldest schedules lint format figures hardware pins clean
 
 help:
 	@echo "kreg: attention as kernel regression. No set-up is needed: each command installs what it needs"
@@ -90,9 +90,10 @@ aot:
 	@$(BOOTSTRAP) aot
 	@KREG_AOT=1 .venv-aot/bin/python -m pytest $(AOT) -m "aot and not slow" $(PYTEST_ARGS) $(ARGS)
 
-aot-oldest:
+# `make core`, and a few of the kernels compiled by the oldest jax, at once.
+oldest:
 	@$(BOOTSTRAP) aot-oldest
-	@KREG_AOT=1 .venv-aot-oldest/bin/python -m pytest $(AOT) -m "aot and core and not slow" $(PYTEST_ARGS) $(ARGS)
+	@KREG_AOT=1 .venv-aot-oldest/bin/python -m pytest -m "core and not slow" --few $(PYTEST_ARGS) $(ARGS)
 
 # Instructions and spills of the TPU kernels, for every generation: a table in tests/.
 schedules:

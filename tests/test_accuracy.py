@@ -110,7 +110,7 @@ def test_entmax(alpha, dtype):
 @pytest.mark.parametrize(
     ("alpha", "dtype"),
     [
-        pytest.param(alpha, dtype, marks=NIGHTLY if alpha != 2.5 and dtype in HALF else ())
+        pytest.param(alpha, dtype, marks=NIGHTLY if dtype in HALF else ())
         for alpha in (2.0, 1.5, 4 / 3, 2.5)
         for dtype in DTYPES
     ],

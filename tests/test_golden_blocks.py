@@ -124,7 +124,7 @@ CONTEXTS = group_names("context_block")
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if quick(name) == "all" else pytest.mark.slow)
+        pytest.param(name, marks=() if quick(name) == "all" else pytest.mark.nightly)
         for name in CONTEXTS
         if quick(name) != "none"
     ],

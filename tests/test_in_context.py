@@ -191,7 +191,7 @@ def test_finished_runs_are_skipped(copy, capsys):
     assert "2 of 2 runs are finished already" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_seeds_share_the_benchmark_and_nothing_else(copy):
     assert main(command(copy, "--seeds", "0", "1", methods=("softmax",))) == 0
     first, second = (result(copy, "softmax", seed) for seed in (0, 1))
@@ -204,7 +204,7 @@ class Killed(BaseException):
     """What no code of ours catches: the process is gone."""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_resuming_after_a_kill_gives_the_same_run(finished, tmp_path, monkeypatch):
     batches = task.batches
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nightly import nightly
 from scipy import stats
 
 from experiments.length_tasks import (
@@ -166,7 +167,7 @@ def test_chain_follows_the_redrawing(where):
 
 
 @EACH
-@WHERE
+@pytest.mark.parametrize("where", nightly(["host", "device"], but=["device"]))
 def test_length_is_uniform(task, where):
     if isinstance(task, MQMTAR | LocalCount | FlipFlop):
         of_length = {

@@ -82,7 +82,7 @@ def test_integer_labels_are_one_hot_distributions(name):
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", nightly(LOSSES, but=OFTEN))
 def test_loss_is_not_negative_and_zero_at_the_map_alone(name):
     x = draw((300, 9), scale=0.5)
     p = np.asarray(LOSSES[name][1](jnp.asarray(x)))
@@ -97,7 +97,7 @@ def test_loss_is_not_negative_and_zero_at_the_map_alone(name):
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", nightly(LOSSES, but=OFTEN))
 def test_a_shift_of_the_logits_costs_no_accuracy(name, offset):
     """Logits that are integers shift exactly, so the loss must keep all its digits."""
     x = np.random.default_rng(3).integers(-3, 3, (50, 6)).astype(np.float32)
@@ -147,8 +147,10 @@ def test_derivatives_in_logits(name):
 
 @pytest.mark.parametrize(
     ("loss", "alphas"),
-    [(kreg.entmax_loss, [1.01, 1.4, 1.9]), (kreg.normmax_loss, [1.2, 1.7, 2.0])],
-    ids=["entmax", "normmax"],
+    [
+        pytest.param(kreg.entmax_loss, [1.01, 1.4, 1.9], id="entmax"),
+        pytest.param(kreg.normmax_loss, [1.2, 1.7, 2.0], id="normmax", marks=pytest.mark.nightly),
+    ],
 )
 @pytest.mark.slow
 def test_derivatives_in_logits_labels_and_alpha(loss, alphas):

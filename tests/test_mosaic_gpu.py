@@ -72,7 +72,7 @@ def oldest_too(names, chosen, late=()):
 
 
 @pytest.mark.parametrize(
-    "name", oldest_too(STRUCTURES, ["causal"], late=["biweight", "sparsemax", "fixed"])
+    "name", oldest_too(STRUCTURES, ["causal"], late=["biweight", "sparsemax", "fixed", "anchored"])
 )
 def test_kernels_keep_the_contract(name):
     check(name, drawn(STRUCTURES[name], 1, 2.0, parts=32))

@@ -48,7 +48,6 @@ WIDE = {
     "one key": Structure(Shape(B=2, T=3, S=1, N=1, K=1)),
 }
 FIRST = ("many keys",)  # in simulated memory the rules have their own
-SECOND = "plain", "causal"
 MASKS = {"plain": 0, "ranges": 4, "by key": 8 + 16, "all": 63}
 
 simulated = functools.partial(
@@ -128,8 +127,8 @@ def test_programs_run_side_by_side_and_copies_when_they_will(simulator, name, ca
     "name",
     [
         *FIRST,
-        *(pytest.param(x, marks=pytest.mark.slow) for x in SECOND),
-        *(pytest.param(x, marks=NIGHTLY) for x in WIDE if x not in FIRST + SECOND),
+        pytest.param("plain", marks=pytest.mark.slow),
+        *(pytest.param(x, marks=NIGHTLY) for x in WIDE if x not in (*FIRST, "plain")),
     ],
 )
 def test_kernels_keep_the_contract(name):

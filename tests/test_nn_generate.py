@@ -35,6 +35,7 @@ QUICK = ("biweight-", "relumax-dense", "top3_softmax-eft", "norm_relu-eft")
 NIGHTLY = ("softmax-", "epanechnikov-", "norm_relu-", "relumax-", "top3_softmax-", "relumax-eft")
 NIGHTLY += ("triweight@fixed-", "top3_uniform-", "biweight-True-1", "top3_uniform-eft")
 NIGHTLY += ("biweight-0", "biweight-2-2-True", "biweight-False-2-False")
+NIGHTLY += ("softmax-nano", "biweight@nearest-")
 
 
 def cases() -> list:

@@ -31,7 +31,7 @@ NAMES = [*METHODS, *VARIANTS, "dense", "eft"]
 
 
 NIGHTLY = ("softmax", "epanechnikov", "norm_relu", "top3_softmax", "top3_uniform", "post")
-NIGHTLY += ("triweight@fixed", "wide", "near", "contextual")
+NIGHTLY += ("triweight@fixed", "wide", "near", "contextual", "relumax", "far")
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def with_beta(memory, beta):
 
 @pytest.mark.parametrize(
     "method",
-    nightly(METHODS, but=("biweight", "norm_relu", "relumax")),
+    nightly(METHODS, but=("biweight", "norm_relu")),
 )
 @pytest.mark.slow
 def test_every_head_learns_its_bandwidth(method):

@@ -43,7 +43,7 @@ def split(form: str, devices: int, implementation: str | None = None):
 # Structures of the contract, by number, with a form and a number of devices: one at once, more with
 # the slow tests, all nightly.
 AT_ONCE = {(0, "keys", 8)}
-SLOW = {(1, "gather", 4), (7, "keys", 4)}
+SLOW = {(1, "gather", 4)}
 LONGER = pytest.mark.slow
 
 
@@ -174,7 +174,7 @@ def test_batch_heads_and_sequence(kind, form):
         same(want, both(op, placed, is_causal=True))
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", nightly([2, 4, 8], but=[4]))
 def test_causal_work_is_shared_evenly(devices):
     """Device i has parts i and 2 P - 1 - i of the queries: all see as many keys."""
     length = 4 * devices
