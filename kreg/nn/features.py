@@ -77,10 +77,10 @@ def sparing(function: Callable) -> Callable:
 
 
 def project(x: Float[Array, "*B C"], kernel: Float[Array, "C D"]) -> Float[Array, "*B D"]:
-    """Return x @ kernel, with a faster gradient of the kernel on CPU.
+    """Return x @ kernel, in a form whose gradient by the kernel is faster on CPU.
 
-    Of the plain product's XLA would transpose all of the output's, not the small result. The
-    barrier keeps it from that.
+    Of the plain product's gradient XLA makes one that transposes the whole cotangent; across the
+    barrier it transposes the small result.
     """
     across = jax.lax.optimization_barrier(kernel.T)
     return jax.lax.dot_general(x, across, (((x.ndim - 1,), (1,)), ((), ())))
