@@ -12,7 +12,7 @@ BOOTSTRAP = $(PYTHON) .ci/bootstrap.py
 AOT = tests/test_aot_gpu.py tests/test_aot_tpu.py
 # Bytecode is kept, whatever the machine says: without it every process compiles JAX and Flax anew.
 export PYTHONDONTWRITEBYTECODE :=
-# Arrays in huge pages, where Linux gives them on demand: page faults are a tenth of a step on CPU.
+# Arrays in huge pages, where Linux gives them on demand: fewer page faults in every step on CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
@@ -131,5 +131,5 @@ pins:
 	! grep -n http .ci/requirements*.txt
 
 clean:
-	rm -rf .venv .venv-oldest .venv-lint .cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-oldest .venv-aot .venv-aot-oldest .venv-lint .cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -194,7 +194,7 @@ def computed(number: int, implementation: str | Callable, case: Case):
     )
 
 
-# At night orders, traced or large, few keys, a causal Fixed: what they prove others nearly do.
+# At night half of them, such as traced and large orders: what they prove others nearly do.
 WHEN = dict.fromkeys((3, 5, 8, 11, 12, 13, 14, 15), NIGHTLY)
 
 
