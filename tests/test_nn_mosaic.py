@@ -13,7 +13,8 @@ from nn_models import METHODS, VOCAB, config, logits, model, module, quick_jit, 
 
 import kreg
 from kreg.nn import ContextualMemory, MemoryMosaic, MosaicConfig, to_torch
-from kreg.nn.features import Projection, delay, document_index, unit
+from kreg.nn.delay import delay
+from kreg.nn.features import Projection, document_index, unit
 from kreg.nn.mosaic import Block
 
 VARIANTS = {

@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import kreg
-from kreg.nn.features import delay, unit
+from kreg.nn.delay import delay
+from kreg.nn.features import unit
 
 # Beside the lengths of keys and values, where these are made unit vectors.
 _EPSILON = 1e-3

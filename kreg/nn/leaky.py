@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kreg.nn.delay import delay
 from kreg.sharding.places import Layout, Places
 
 # A chunk costs L^2 multiplications per head and column but saves L sequential steps; on two CPU
@@ -70,11 +71,7 @@ def _decayed_sum_jvp(primals, tangents):
     """By S_t = a S_{t-1} + x_t the change is another such sum, of dx_t + da S_{t-1}."""
     (_, rate, documents), (dx, drate, _) = primals, tangents
     total = _decayed_sum(*primals)
-    before = jnp.pad(total[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
-    if documents is not None:
-        starts = documents[:, 1:] != documents[:, :-1]
-        starts = jnp.pad(starts, ((0, 0), (1, 0)), constant_values=True)
-        before = jnp.where(starts[..., None, None], 0, before)
+    before = delay(total, 1, documents)
     change = dx.astype(total.dtype) - per_head(drate * jnp.exp(-rate), total) * before
     return total, _decayed_sum(change, rate, documents)
 
