@@ -80,10 +80,10 @@ nightly:
 		> tests/nightly.log; \
 		status=$$?; git rev-parse HEAD >> tests/nightly.log; tail -n 4 tests/nightly.log; exit $$status
 
-# Of the part of the tests that must also pass on the oldest jax, a few cases of each; nightly: all.
+# Of the part of the tests that must also pass on the oldest jax, a case of each; nightly: all.
 core:
 	@$(BOOTSTRAP) oldest
-	@.venv-oldest/bin/python -m pytest -m "core and not slow" --few $(PYTEST_ARGS) $(ARGS)
+	@.venv-oldest/bin/python -m pytest -m "core and not slow" --cases one $(PYTEST_ARGS) $(ARGS)
 
 # Kernels compiled for GPUs and TPUs that are not there; ARGS="-m aot" for all of them.
 aot:
@@ -93,7 +93,7 @@ aot:
 # `make core`, and a few of the kernels compiled by the oldest jax, at once.
 oldest:
 	@$(BOOTSTRAP) aot-oldest
-	@KREG_AOT=1 .venv-aot-oldest/bin/python -m pytest -m "core and not slow" --few $(PYTEST_ARGS) $(ARGS)
+	@KREG_AOT=1 .venv-aot-oldest/bin/python -m pytest -m "core and not slow" --cases one $(PYTEST_ARGS) $(ARGS)
 
 # Instructions and spills of the TPU kernels, for every generation: a table in tests/.
 schedules:

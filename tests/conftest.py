@@ -1,6 +1,5 @@
 """Settings of every test: CPU JAX that compiles fast, strict rank promotion, core doctests."""
 
-import collections
 import gc
 import itertools
 import os
@@ -31,13 +30,13 @@ finished = itertools.count(1)
 
 
 def pytest_addoption(parser):
-    about = "of each test a case, and those with a value that no case of its file had before"
-    parser.addoption("--few", action="store_true", help=about)
+    about = "of each test one case; few: also those with a value that is new to their file"
+    parser.addoption("--cases", choices=("one", "few", "all"), default="all", help=about)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
-    """The examples of the pure core belong to the core, too; --few thins out what -m leaves.
+    """The examples of the pure core belong to the core, too; --cases thins out what -m leaves.
 
     What is for the night is slow.
     """
@@ -47,22 +46,25 @@ def pytest_collection_modifyitems(config, items):
         if item.path.parent == CORE:
             item.add_marker(pytest.mark.core)
     yield  # here -m takes its choice
-    if config.getoption("few"):
-        taken = list(few(items))
+    if (cases := config.getoption("cases")) != "all":
+        taken = list(chosen(items, one=cases == "one"))
         config.hook.pytest_deselected(items=[item for item in items if item not in taken])
         items[:] = taken
 
 
-def few(items):
-    """Two jax differ in what they offer and lower, not in arithmetic: a few cases will do."""
-    cases, seen = collections.Counter(), set()
+def chosen(items, one):
+    """What CI has time for: every test, every value of its parameters, not every product of them.
+
+    Two jax differ in what they offer and lower, not in arithmetic: there one case will do.
+    """
+    tests, seen = set(), set()
     for item in items:
         test, _, values = item.nodeid.partition("[")
         values = {(item.path, value) for value in re.split("[-@]", values.removesuffix("]"))}
-        if not cases[test] or values - seen:
+        if test not in tests or (values - seen and not one):
             seen |= values
             yield item
-        cases[test] += 1
+        tests.add(test)
 
 
 def pytest_collection_finish():

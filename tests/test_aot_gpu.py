@@ -209,7 +209,6 @@ def for_hopper():
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
-@pytest.mark.core
 def test_a_program_for_hopper_has_the_kernels_without_naming_them():
     with for_hopper():
         assert attend(256, 64, implementation=None).registers

@@ -205,7 +205,7 @@ def eft_names(gradients):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name == "context_c24_h4_t20_rand" else ())
+        pytest.param(name, marks=pytest.mark.nightly if name == "context_c24_h4_t20_rand" else ())
         for name in group_names("eft_block")
     ],
 )

@@ -100,7 +100,7 @@ def check_bisections(group, function: str, x: np.ndarray, cot: np.ndarray) -> in
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=NIGHTLY if name.endswith(("_d64", "_d1000")) else ())
+        pytest.param(name, marks=NIGHTLY if name.endswith(("_d64", "_d1000", "_neg")) else ())
         for name in golden_files.group_names(FILE)
     ],
 )

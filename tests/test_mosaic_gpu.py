@@ -86,6 +86,25 @@ def test_kernels_keep_the_contract_under_every_mask(name, parts):
         check(name, drawn(ALL[name], 2, spread, parts, ties), ties)
 
 
+# Without looking for races, which shorter rows do: 2,048 tiles a row take minutes as it is.
+LONG = Interpreted(
+    "mosaic_gpu",
+    functools.partial(plgpu.force_gpu_interpret_mode, plgpu.InterpretGPUParams()),
+    {
+        name: Structure(Shape(B=1, T=3, S=2**17, N=1, K=1, H=16, V=16), name, dtype="bfloat16")
+        for name in ("epanechnikov", "biweight", "triweight")
+    },
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("spread", [0.0, 1e-3], ids=["flat", "nearly"])
+@pytest.mark.parametrize("name", LONG.structures)
+def test_flat_rows_of_128k_keys(name, spread):
+    """All scores equal, or all but: what fixed numbers of steps get wrong most."""
+    LONG.check(name, drawn(LONG.structures[name], 3, spread))
+
+
 def searched(query, key, value, **options):
     """What the forward kernel finds, and the oracle, in float64 on the same inputs."""
     problem = canonical(*(jnp.asarray(x, "bfloat16") for x in (query, key, value)), **options)
