@@ -20,6 +20,7 @@ from golden_files import (
     mosaic_config,
     open_group,
 )
+from nightly import nightly
 
 from kreg.nn import MemoryMosaic, MosaicConfig, from_torch, to_torch
 
@@ -90,8 +91,9 @@ QUICK = {
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", [name for name in group_names("stack") if name in QUICK])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", nightly(sorted(QUICK.keys() & set(group_names("stack"))), but=["base"])
+)
 def test_golden_stack(name):
     check_stack(name, rest=False)
 

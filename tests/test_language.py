@@ -165,7 +165,7 @@ def test_validation_covers_every_token_once(rows, tokens):
     assert {batch["tokens"].shape for batch in held_out(windows, 4, 256)} == {(4, 12)}
 
 
-@pytest.mark.parametrize("kind", ["mosaic", pytest.param("transformer", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["mosaic", pytest.param("transformer", marks=pytest.mark.nightly)])
 def test_packed_rows_score_what_documents_alone_score(kind, tokens):
     model = make_model(kind, "biweight", SIZES, vocab_size=257, block=32)
     packed = losses_of(model, text.PackedDocuments(tokens, 32), 2)
@@ -347,7 +347,7 @@ def test_table_and_figure_come_from_the_folder(finished, documents, capsys):
     assert "All 26 tokens (2 documents)" in table and "layer 2" in table
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_packed_documents_and_a_transformer_train(documents, tmp_path):
     words = ["--text.windows", "packed", "--model", "transformer", "--training.accumulate", "2"]
     assert main(command(tmp_path, documents, *words, methods=("biweight",))) == 0

@@ -149,10 +149,10 @@ def test_derivatives_in_logits(name):
     ("loss", "alphas"),
     [
         pytest.param(kreg.entmax_loss, [1.01, 1.4, 1.9], id="entmax"),
-        pytest.param(kreg.normmax_loss, [1.2, 1.7, 2.0], id="normmax", marks=pytest.mark.nightly),
+        pytest.param(kreg.normmax_loss, [1.2, 1.7, 2.0], id="normmax"),
     ],
 )
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_derivatives_in_logits_labels_and_alpha(loss, alphas):
     """One alpha a row; labels vary inside the simplex, where alone the loss is defined."""
     with jax.enable_x64(True):

@@ -108,7 +108,7 @@ def both(monkeypatch, queries, keys, width=16, seed=0, segments=False, **options
     ],
     ids=str,
 )
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_other_kernel_finds_the_same(monkeypatch, queries, keys, options):
     """All that the gradients need: averages, numbers of rows, bits of tiles; and twice the same."""
     found, again, want = both(monkeypatch, queries, keys, **options)

@@ -127,8 +127,7 @@ def test_programs_run_side_by_side_and_copies_when_they_will(simulator, name, ca
     "name",
     [
         *FIRST,
-        pytest.param("plain", marks=pytest.mark.slow),
-        *(pytest.param(x, marks=NIGHTLY) for x in WIDE if x not in (*FIRST, "plain")),
+        *(pytest.param(x, marks=NIGHTLY) for x in WIDE if x not in FIRST),
     ],
 )
 def test_kernels_keep_the_contract(name):

@@ -79,7 +79,7 @@ def _all_ready(folder) -> bool:
     "launcher",
     [
         pytest.param("by hand", marks=pytest.mark.core),
-        pytest.param("SLURM", marks=pytest.mark.slow),
+        pytest.param("SLURM", marks=NIGHTLY),
         pytest.param("Open MPI", marks=NIGHTLY),
     ],
 )
@@ -97,7 +97,7 @@ def test_who_counts_otherwise_than_the_others_fails(launch):
     assert "KREG_PROCESSES announced 3 processes, JAX found 2" in err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_who_finds_other_than_the_launcher_announced_fails(launch, monkeypatch):
     monkeypatch.setenv("KREG_PROCESSES", "3")
     for code, _, err in _ends(launch("add", "Open MPI", timeout=10)):
@@ -184,7 +184,7 @@ def test_a_signal_to_one_stops_both_at_the_same_step(launch, tmp_path, number):
     assert found[0]["reason"] == found[1]["reason"] == number.name
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_time_of_one_stops_both_at_the_same_step(launch):
     found = [_told(out) for _, out, _ in _ends(launch("step_in_time"))]
     assert found[0]["steps"] == found[1]["steps"]

@@ -40,24 +40,15 @@ def split(form: str, devices: int, implementation: str | None = None):
     )
 
 
-# Structures of the contract, by number, with a form and a number of devices: one at once, more with
-# the slow tests, all nightly.
+# Structures of the contract, by number, with a form and a number of devices; nightly, all.
 AT_ONCE = {(0, "keys", 8)}
-SLOW = {(1, "gather", 4)}
-LONGER = pytest.mark.slow
-
-
-def marked(case: tuple[int, str, int]):
-    if case in AT_ONCE:
-        return ()
-    return (LONGER,) if case in SLOW else (LONGER, pytest.mark.nightly)
 
 
 ALL = [
     pytest.param(
         number, form, devices,
         id=f"{contract.NAMES[number]}-{form}-{devices}",
-        marks=marked((number, form, devices)),
+        marks=() if (number, form, devices) in AT_ONCE else pytest.mark.nightly,
     )
     for number in range(len(contract.STRUCTURES))
     for form in FORMS
@@ -105,9 +96,9 @@ OPTIONS = {
 }
 
 
-def often(values, *, at_once, slow):
-    """Values with each form: some cases at once, some with the slow tests, all nightly."""
-    marks = dict.fromkeys(at_once, ()) | dict.fromkeys(slow, LONGER)
+def often(values, *, at_once):
+    """Values with each form: some cases at once, all nightly."""
+    marks = dict.fromkeys(at_once, ())
     return [
         pytest.param(x, form, id=f"{x}-{form}", marks=marks.get(f"{x}-{form}", NIGHTLY))
         for x in values
@@ -117,11 +108,7 @@ def often(values, *, at_once, slow):
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    often(
-        OPTIONS,
-        at_once={"dropout-gather", "dropout-keys"},
-        slow={"null and cap-keys"},
-    ),
+    often(OPTIONS, at_once={"dropout-gather", "dropout-keys"}),
 )
 def test_options(name, form):
     """What the contract does not draw; dropout takes the same weights wherever they are."""
@@ -132,11 +119,7 @@ def test_options(name, form):
 
 @pytest.mark.parametrize(
     ("cell", "form"),
-    often(
-        FOUR,
-        at_once={"biweight@adaptive-keys"},
-        slow={"epanechnikov@anchored-gather"},
-    ),
+    often(FOUR, at_once={"biweight@adaptive-keys"}),
 )
 def test_every_rule(cell: Cell, form):
     # Wide enough that no query is left with one key at its edge, where a gradient is all rounding.
@@ -197,7 +180,7 @@ def test_causal_work_is_shared_evenly(devices):
 
 
 @pytest.mark.parametrize("form", nightly(FORMS, but=["gather"]))
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_blocks_of_queries(form):
     """Rows too many to be formed at once, on the path that looks at blocks of them."""
     arrays = draw(Shape(B=1, T=300, S=640, N=2, K=1), seed=4, spherical=False)
@@ -209,7 +192,7 @@ def test_blocks_of_queries(form):
     same(want, both(split(form, 4, "xla"), arrays, **options), 1e-4)
 
 
-@pytest.mark.parametrize("devices", [pytest.param(2, marks=LONGER), 8])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.nightly), 8])
 def test_a_support_in_one_shard(devices):
     """All weight is with one device, for some rows with the first, for others with the last."""
     query, key, value, cotangent = draw(Shape(B=1, T=6, S=64, N=1, K=1), spherical=False)
@@ -313,7 +296,7 @@ def test_errors(options, message):
         kreg.sharding.attention(x, x, x, sequence="sequence")
 
 
-@pytest.mark.parametrize("form", [pytest.param("gather", marks=LONGER), "keys"])
+@pytest.mark.parametrize("form", [pytest.param("gather", marks=pytest.mark.nightly), "keys"])
 def test_no_limit_stays_none(form):
     """The greatest integer as a window's side, or as an offset, moved to where a part begins."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 2, 4)), jnp.float32)

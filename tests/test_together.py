@@ -113,7 +113,7 @@ def assert_same_run(found: Path, wanted: Path):
 # The same runs
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("one_by_one", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_folders_are_those_of_runs_alone(apart, tmp_path, one_by_one):
     steps_fn = make_steps(PROGRAM.loss, PROGRAM.optimizer, one_by_one=one_by_one)
     ends = together(tmp_path, steps_fn=steps_fn)
@@ -198,7 +198,7 @@ def test_slices_in_changing_company_add_up(apart, tmp_path):
         assert_same_run(tmp_path / str(place), apart / str(place))
 
 
-@pytest.mark.parametrize("saves", [1, 5])
+@pytest.mark.parametrize("saves", [1, pytest.param(5, marks=pytest.mark.nightly)])
 def test_a_kill_between_the_saves_of_one_step(apart, tmp_path, monkeypatch, saves):
     """Some runs have saved a step, some have not; they go on from different steps."""
     save, done = RunDirectory.save, []

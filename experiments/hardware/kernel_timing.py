@@ -42,6 +42,7 @@ class Group:
     length: int
     width: int
     backward: bool
+    tokens: int = 16384
 
     @property
     def share(self) -> float:
@@ -50,7 +51,7 @@ class Group:
 
     @property
     def batch(self) -> int:
-        return max(1, 16384 // self.length)
+        return max(1, self.tokens // self.length)
 
     @property
     def heads(self) -> int:
@@ -68,7 +69,7 @@ class Group:
 
 def groups(*, smoke: bool) -> list[Group]:
     if smoke:
-        return [Group(128, 16, True)]
+        return [Group(128, 16, True, tokens=128)]
     lengths = (8192, 32768, 131072, 4096, 1024, 2048, 16384, 65536)
     return [Group(t, h, b) for b in (True, False) for h in (64, 128) for t in lengths]
 
