@@ -116,7 +116,7 @@ def test_kernels_compile_without_spills(width, order):
 @pytest.mark.parametrize(
     ("length", "width", "tiles", "options"),
     [
-        pytest.param(1024, 64, 4 + 1, {}, marks=pytest.mark.core),
+        (1024, 64, 4 + 1, {}),
         pytest.param(256, 16, 4, {}, marks=NIGHTLY),
         pytest.param(512, 64, 4, {"kernel": kreg.epanechnikov}, marks=NIGHTLY),
         pytest.param(1024, 64, 4 + 1, {"kernel": kreg.Kernel(4)}, marks=NIGHTLY),

@@ -47,13 +47,10 @@ def test_xla_is_linear(mode):
 
 @pytest.mark.parametrize(
     "rule",
-    [
-        pytest.param(kreg.Adaptive(), marks=pytest.mark.slow),
-        pytest.param(kreg.Fixed(1.2), marks=pytest.mark.nightly),
-        pytest.param(kreg.Nearest(8), marks=pytest.mark.nightly),
-    ],
+    [kreg.Adaptive(), kreg.Fixed(1.2), kreg.Nearest(8)],
     ids=repr,
 )
+@pytest.mark.nightly
 def test_xla_is_linear_under_every_rule(rule):
     cell = {"kernel": kreg.epanechnikov, "bandwidth": rule}
     small, large = (temporary_bytes(n, "vjp", "xla", cell) for n in (2048, 8192))

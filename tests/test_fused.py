@@ -153,8 +153,8 @@ def test_spans_hold_every_key_with_weight():
     assert np.all(np.asarray(found(0 * p[:1], np.array([5]))) == 0)
 
 
-@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=NIGHTLY)])
-@pytest.mark.slow
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.nightly
 def test_backward_passes_leave_out_keys_without_weight(causal):
     """Scores that favour near keys: one head's blocks need a quarter of the keys, one's all."""
     queries, keys = 600, 8200

@@ -65,15 +65,12 @@ CONTRACT = Interpreted("mosaic_gpu", interpreted, ALL, widest=64)
 check = CONTRACT.check
 
 
-def oldest_too(names, chosen, late=()):
-    """A case takes seconds: few are for every run and the oldest jax, some wait for the night."""
-    marks = dict.fromkeys(chosen, pytest.mark.core) | dict.fromkeys(late, NIGHTLY)
-    return [pytest.param(n, marks=marks.get(n, pytest.mark.slow)) for n in names]
+def one_of(names, chosen):
+    """A case takes seconds: one is for every run and the oldest jax, the others for the night."""
+    return [pytest.param(n, marks=pytest.mark.core if n == chosen else NIGHTLY) for n in names]
 
 
-@pytest.mark.parametrize(
-    "name", oldest_too(STRUCTURES, ["causal"], late=["biweight", "sparsemax", "fixed", "anchored"])
-)
+@pytest.mark.parametrize("name", one_of(STRUCTURES, "causal"))
 def test_kernels_keep_the_contract(name):
     check(name, drawn(STRUCTURES[name], 1, 2.0, parts=32))
 

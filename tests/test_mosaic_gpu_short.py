@@ -51,9 +51,7 @@ def few_keys():
     assert short.MOST_KEYS == 1024
 
 
-@pytest.mark.parametrize(
-    "name", mosaic.oldest_too(STRUCTURES, ["two warpgroups"], late=["one warpgroup"])
-)
+@pytest.mark.parametrize("name", mosaic.one_of(STRUCTURES, "two warpgroups"))
 def test_the_contract_is_kept(name):
     mosaic.check(name, drawn(STRUCTURES[name], 1, 2.0, parts=32))
 

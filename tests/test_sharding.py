@@ -318,6 +318,7 @@ def test_gradients_where_jax_keeps_no_book(monkeypatch):
     same(both(kreg.attention, arrays), both(split("keys", 4), arrays))
 
 
+@pytest.mark.nightly
 def test_dropout_draws_for_shared_keys_as_on_one_device():
     """Time that the devices do not divide, and a batch of one, which is not split."""
     rng = np.random.default_rng(0)
