@@ -27,7 +27,7 @@ help:
 	@echo "  make reproduce ARGS=\"icl --preset small\"   an experiment of the paper: what is missing is"
 	@echo "                 trained, then a table and a figure; --dry-run says what it would cost"
 	@echo "  make figures   the kernels, their attention maps and bandwidths, drawn into runs/figures"
-	@echo "  make test      the tests; one file: make test ARGS=tests/test_package.py; make slow: the rest"
+	@echo "  make test      the tests; one file: make test ARGS=tests/test_package.py; make slow: more of them"
 	@echo "  make lint      ruff and pyrefly; make format rewrites the files"
 	@echo "  make bench     kreg's speed beside jax.nn, PyTorch and entmax (the latter where installed)"
 	@echo "  make aot       the kernels compiled for GPUs and TPUs; needs their compilers, none of them"
@@ -53,26 +53,27 @@ figures:
 	@$(BOOTSTRAP)
 	@$(PY) -m experiments.kernel_figures --out runs/figures $(ARGS)
 
+# Every value of every test's parameters, not all products of them.
 test:
 	@$(BOOTSTRAP)
-	@$(PY) -m pytest -m "not slow" $(PYTEST_ARGS) $(ARGS)
+	@$(PY) -m pytest -m "not slow" --cases few $(PYTEST_ARGS) $(ARGS)
 
-# What takes minutes: the hardware command on CPU, the longest derivative checks.
+# All products, and what takes minutes: the hardware command on CPU, the longest derivative checks.
 slow:
 	@$(BOOTSTRAP)
-	@$(PY) -m pytest -m "slow and not nightly" $(PYTEST_ARGS) $(ARGS)
+	@$(PY) -m pytest -m "not nightly" $(PYTEST_ARGS) $(ARGS)
 
 # kreg beside jax.nn, and beside PyTorch and entmax where they are installed.
 bench:
 	@$(BOOTSTRAP)
 	@$(PY) -m experiments.bench $(ARGS)
 
-# Many drawn cases of the contract and all slow tests, compiled as users compile, and all of the
-# kernels', interpreted and compiled; the log is kept.
+# Many drawn cases of the contract and all tests in all cases, compiled as users compile, and all of
+# the kernels', interpreted and compiled; the log is kept.
 nightly:
 	@$(BOOTSTRAP) user oldest aot
 	@(XLA_FLAGS= KREG_CASES=2000 $(PY) -m pytest tests/test_contract.py -v $(ARGS) && \
-		XLA_FLAGS= $(PY) -m pytest -m slow --ignore tests/test_mosaic_gpu.py --ignore tests/test_mosaic_gpu_short.py \
+		XLA_FLAGS= $(PY) -m pytest --ignore tests/test_mosaic_gpu.py --ignore tests/test_mosaic_gpu_short.py \
 			--ignore tests/test_aot_gpu.py --ignore tests/test_aot_tpu.py $(PYTEST_ARGS) $(ARGS) && \
 		$(PY) -m pytest tests/test_mosaic_gpu.py tests/test_mosaic_gpu_short.py -v $(PYTEST_ARGS) $(ARGS) && \
 		KREG_AOT=1 .venv-aot/bin/python -m pytest $(AOT) -v $(PYTEST_ARGS) $(ARGS) && \
