@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from mosaic_steps import mosaic_step
-from nightly import NIGHTLY, nightly
+from nightly import NIGHTLY
 
 import kreg
 from experiments.scaling.check import check
@@ -180,7 +180,8 @@ def test_variants_compile_without_spills(width, options):
     assert not any(program.spilled_bytes), program
 
 
-@pytest.mark.parametrize("length", nightly([100, 1003], but=[100]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("length", [100, 1003])
 def test_odd_lengths_compile(length):
     program = attend(length, 64)
     assert len(program.registers) == 3 and not any(program.spilled_bytes), program

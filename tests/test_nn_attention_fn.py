@@ -519,8 +519,8 @@ def test_errors_come_when_the_layer_is_made():
         attention_fn(kreg.box)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("library", ["nnx", pytest.param("linen", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("library", ["nnx", "linen"])
 def test_a_small_transformer_learns(library):
     build, _ = flax_transformer.LIBRARIES[library]
     before, after = flax_transformer.train(*build(attention_fn(kreg.biweight)), steps=50)

@@ -130,7 +130,7 @@ def test_what_is_missing_is_trained_and_the_cost_is_written(toy, tmp_path, capsy
     refused([*words, "--training.steps", "13"], capsys, "steps", "13")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
     out = tmp_path / "out"
     words = ["reproduce", "icl", *TINY, "--out", str(out), "--seeds", "0", "1", "--dry-run"]
