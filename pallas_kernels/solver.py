@@ -17,6 +17,9 @@ _MOST_PASSES = 30
 # of orders below 2 and from 2 on. The error of Halley's steps is cubed each time; below 2 there is
 # no such bound, and only steps as small as rounding are the last.
 _HALF_STEP, _FULL_STEP = (2.0**-10, 2.0**-6), (2.0**-22, 2.0**-9)
+# The norm's change by a step counts as well, by these parts: where many keys share the weight it is
+# much more than the guess moves.
+_HALF_PART, _FULL_PART = (1.0, 0.25), (1.0, 0.5)
 
 
 def integer(x) -> Array:
@@ -83,16 +86,18 @@ def search(
     state.
     """
     enough = (_HALF_STEP, _FULL_STEP)[is_exact][order >= 2]
+    part = (_HALF_PART, _FULL_PART)[is_exact][order >= 2]
 
     def advance(carry):
         passes, cut, floor, _, *state = carry
         found = sums(cut, floor, *state)
         state, found = found[: len(state)], found[len(state) :]
-        newton, best = _steps(order, *found)
+        newton, best, steepness = _steps(order, *found)
         floor = jnp.maximum(floor, cut + newton)
         # Steps that do not move the guess are none, nor are those of rows with NaN.
         new = cut + best
-        size = jnp.where((new != cut) & (new == new), jnp.abs(best), 0.0)
+        size = jnp.abs(best) * jnp.maximum(part * steepness, 1)
+        size = jnp.where((new != cut) & (new == new), size, 0.0)
         return passes + 1, new, floor, largest(size), *state
 
     def unfinished(carry):
@@ -104,17 +109,19 @@ def search(
 
 
 def _steps(order: float, total, slope, curve=None):
-    """Newton's step on the norm of the powers, which never passes the root, and the best one.
+    """Newton's step on the norm of the powers, which never passes the root, the best one, and how
+    much the norm falls by moving the guess.
 
     total, slope, curve: the sums of the powers r, r - 1 and, from order 2 on, r - 2.
     """
     norm, share = root(total, order), inverse(total)
-    newton = (norm - 1) * inverse(slope * share * norm)
+    steepness = slope * share * norm
+    newton = (norm - 1) * inverse(steepness)
     if curve is None:
-        return newton, jnp.maximum(newton, 0)
+        return newton, jnp.maximum(newton, 0), steepness
     # Halley's, g'' / (2 |g'|) of the norm g; at most twice as far: far off it may be anything. Nor
     # beyond the best score, where there are no sums to come back by: that is at least the mean
     # ratio of the powers away, and Newton's step is shorter.
     bend = (order - 1) / 2 * (curve * inverse(slope) - slope * share)
     halley = newton / jnp.maximum(1 - newton * bend, 0.5)
-    return newton, jnp.minimum(halley, (newton + total * inverse(slope)) / 2)
+    return newton, jnp.minimum(halley, (newton + total * inverse(slope)) / 2), steepness
