@@ -53,7 +53,7 @@ figures:
 	@$(BOOTSTRAP)
 	@$(PY) -m experiments.kernel_figures --out runs/figures $(ARGS)
 
-# Every value of every test's parameters, not all products of them.
+# Every value of every test's parameters, not all products of them: those with ARGS="--cases all".
 test:
 	@$(BOOTSTRAP)
 	@$(PY) -m pytest -m "not slow" --cases few $(PYTEST_ARGS) $(ARGS)

@@ -179,7 +179,7 @@ def test_causal_work_is_shared_evenly(devices):
     assert back.tolist() == list(range(length))
 
 
-@pytest.mark.parametrize("form", nightly(FORMS, but=["gather"]))
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.nightly
 def test_blocks_of_queries(form):
     """Rows too many to be formed at once, on the path that looks at blocks of them."""
