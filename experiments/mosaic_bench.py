@@ -3,12 +3,16 @@
 A turn is a whole training step: loss, gradients, clipping, AdamW. Both start from the same
 parameters and see the same tokens, without dropout; losses are compared before anything is timed.
 PyTorch's denormals are flushed, and it is timed as it comes and compiled: the better one counts.
+kreg is timed on one device, whose products use all cores, and with the rows of the batch split over
+as many CPU devices as there are cores, as `--devices data=2` trains (kreg.training.Devices): cores
+then wait for each other once a step, not after every product.
 Needs torch and entmax (pip install torch entmax).
 """
 
 import argparse
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ from experiments.runs.environment import describe
 from experiments.runs.json_files import write_json
 from experiments.torch_mosaic import Mosaic, torch
 from kreg.nn import MemoryMosaic, MosaicConfig, to_torch
-from kreg.training import adamw, init_state, make_step, mean_token_cross_entropy
+from kreg.training import Devices, adamw, init_state, make_step, mean_token_cross_entropy
 
 VOCABULARY = 20
 METHODS = ("softmax", "biweight", "epanechnikov", "triweight")
@@ -45,15 +49,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=8)
     add("--width", type=int, default=128)
     add("--slots", type=int, default=448, help="learned pairs of every persistent memory")
+    add("--devices", type=int, default=cores(), help="CPU devices; by default one a core")
     add("--rounds", type=int, default=5, help="turns of each, a turn being two steps")
     add("--eager", action="store_true", help="do not compile PyTorch's model")
     add("--out", type=Path, default=Path("runs/mosaic_bench"))
     return parser.parse_args(arguments)
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main(options: argparse.Namespace) -> None:
     if torch is None or optional("entmax") is None:
         raise SystemExit("mosaic_bench: needs torch and entmax (pip install torch entmax)")
+    if options.batch % options.devices:
+        raise SystemExit(
+            f"mosaic_bench: --devices: expected a divisor of the batch of {options.batch}, "
+            f"got {options.devices}"
+        )
+    jax.config.update("jax_num_cpu_devices", options.devices)
     options.out.mkdir(parents=True, exist_ok=True)
     comparisons = {}
     for name in options.methods:
@@ -77,6 +93,10 @@ def contestants(options: argparse.Namespace, name: str) -> dict[str, Contestant]
     )
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     turns = {"kreg": ours(model, inputs, labels)}
+    if options.devices > 1:
+        split = Devices(data=options.devices)
+        parts = make_model(options, name, split)
+        turns[f"kreg, {options.devices} devices"] = ours(parts, inputs, labels, split)
     state = to_torch(model)
     turns["torch"] = theirs(options, state, name, inputs, labels, compiled=False)
     if not options.eager:
@@ -87,19 +107,24 @@ def contestants(options: argparse.Namespace, name: str) -> dict[str, Contestant]
     return {who: Contestant(turn) for who, turn in turns.items()}
 
 
-def make_model(options: argparse.Namespace, name: str) -> MemoryMosaic:
+def make_model(
+    options: argparse.Namespace, name: str, devices: Devices | None = None
+) -> MemoryMosaic:
     config = MosaicConfig(
         vocab_size=VOCABULARY,
         num_layers=options.layers,
         num_heads=options.heads,
         embed_dim=options.width,
         memory_size=options.slots,
+        layout=None if devices is None else devices.layout,
         **method(name)._asdict(),
     )
     return MemoryMosaic(config, rngs=nnx.Rngs(0))
 
 
-def ours(model: MemoryMosaic, inputs: np.ndarray, labels: np.ndarray) -> Callable[[], float]:
+def ours(
+    model: MemoryMosaic, inputs: np.ndarray, labels: np.ndarray, devices: Devices | None = None
+) -> Callable[[], float]:
     """A step of kreg's, that keeps its state and returns the loss before it."""
     graph, params = nnx.split(model, nnx.Param)
 
@@ -108,13 +133,16 @@ def ours(model: MemoryMosaic, inputs: np.ndarray, labels: np.ndarray) -> Callabl
         return mean_token_cross_entropy(logits, batch[1], ignore=-1), {}
 
     tx = adamw(optax.constant_schedule(RATE), weight_decay=DECAY, clip=CLIP)
-    step = make_step(loss, tx)
+    step = make_step(loss, tx, devices=devices)
     state = init_state(nnx.to_pure_dict(params), tx, jax.random.key(0))
     batch = jax.device_put((inputs, labels))
+    if devices is not None:
+        state, batch = devices.place(state), devices.place_batch(batch)
 
     def turn():
         nonlocal state
-        state, metrics = step(state, batch)
+        with nullcontext() if devices is None else jax.set_mesh(devices.mesh):
+            state, metrics = step(state, batch)
         return float(metrics["loss"])
 
     return turn

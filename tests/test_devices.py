@@ -3,7 +3,11 @@
 import functools
 import itertools
 import json
+import os
+import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,8 @@ from split_training import BATCH, METHODS, ONE, gradients, losses
 from kreg import training
 from kreg.training import Devices
 
+ROOT = Path(__file__).parents[1]
+PLAIN = {name: text for name, text in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
 OFTEN = (Devices(2, 2, 2),)
 COUNTS = [c for c in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(c) in (4, 8)]
 ALL = [
@@ -152,6 +158,25 @@ def test_a_run_goes_on_with_other_devices(tmp_path):
     result = run(tmp_path / "parts", Devices(2, 2, 2))
     assert result.finished
     np.testing.assert_allclose(result.state.params["w"], whole.state.params["w"], rtol=1e-5)
+
+
+def test_a_device_a_core_computes_its_products_alone(monkeypatch):
+    monkeypatch.setattr("kreg.training.devices._cores", lambda: 4)
+    assert Devices(data=4).compiler_options == {"xla_cpu_multi_thread_eigen": False}
+    assert Devices(data=2).compiler_options is None
+
+
+def test_a_run_on_cpu_has_as_many_devices_as_it_is_split_over():
+    code = """
+        import types, jax
+        from experiments.runs.task import make_devices
+        for text in ("", "data=2,fsdp=2", "data=8"):  # who has said how many is not overruled
+            make_devices(types.SimpleNamespace(devices=text))
+        print(jax.config.jax_num_cpu_devices, len(jax.devices("cpu")))
+    """
+    line = [sys.executable, "-c", textwrap.dedent(code)]
+    found = subprocess.run(line, cwd=ROOT, env=PLAIN, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["4", "4"]
 
 
 @pytest.mark.parametrize(

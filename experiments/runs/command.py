@@ -70,10 +70,13 @@ def joined() -> "Processes":
 def _reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
     # Only now: these take seconds to import, and --help needs none of them.
     from experiments.runs.sweep import prepare, sweep
+    from experiments.runs.task import make_devices
     from kreg.training import CheckpointError
     from kreg.training.writer import is_first
 
     try:
+        if joined().count == 1:
+            make_devices(config)
         prepare(experiment, config)
     except (ValueError, OSError) as error:
         return explain(error)

@@ -37,8 +37,9 @@ def unit(x: Float[Array, "*B H"], epsilon: float = 0.0) -> Float[Array, "*B H"]:
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     square = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    length = jnp.sqrt(jnp.where(square > 0, square, 1))
-    return jnp.where(square > 0, wide / (length + epsilon), 0).astype(x.dtype)
+    # One division a vector, none an entry, forward and in the gradient.
+    inverse = 1 / (jnp.sqrt(jnp.where(square > 0, square, 1)) + epsilon)
+    return (wide * jnp.where(square > 0, inverse, 0)).astype(x.dtype)
 
 
 def sparing(function: Callable) -> Callable:
@@ -54,10 +55,12 @@ def project(x: Float[Array, "*B C"], kernel: Float[Array, "C D"]) -> Float[Array
     """Return x @ kernel, in a form whose gradient by the kernel is faster on CPU.
 
     Of the plain product's gradient XLA makes one that transposes the whole cotangent; across the
-    barrier it transposes the small result.
+    barrier it transposes the small result. The one behind the product has the cotangent computed
+    once: both products of the gradient would each compute it again, one of them by columns.
     """
     across = jax.lax.optimization_barrier(kernel.T)
-    return jax.lax.dot_general(x, across, (((x.ndim - 1,), (1,)), ((), ())))
+    y = jax.lax.dot_general(x, across, (((x.ndim - 1,), (1,)), ((), ())))
+    return jax.lax.optimization_barrier(y)
 
 
 def normal(key: Array, shape: tuple[int, ...], fan_in: int) -> Float[Array, "..."]:
@@ -105,7 +108,8 @@ class Projection(nnx.Module):
         documents: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T N H"]:
         mix = per_head(mix, w)
-        return (1 - mix) * delay(w, -self.ahead, documents) + mix * w
+        ahead = delay(w, -self.ahead, documents)
+        return ahead + mix * (w - ahead)
 
     def _biased(self, y: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
         return y if self.bias is None else y + self.bias[...][None, None]
@@ -130,7 +134,8 @@ class KeyFeatures(nnx.Module):
         self.average = LeakyAverage(
             config.num_heads,
             normalised=released.normalised_average,
-            bare=released.bare_average,
+            # Unit vectors do not see the average's positive factor, so it need not be formed.
+            bare=released.bare_average or epsilon == 0,
             layout=config.layout,
         )
 

@@ -5,6 +5,7 @@ do not depend on how many devices there are, but for the order in which sums are
 """
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -99,6 +100,17 @@ class Devices:
         if self.count == 1:
             return None
         return kreg.sharding.Layout(ROWS, sequence="sequence" if self.sequence > 1 else None)
+
+    @functools.cached_property
+    def compiler_options(self) -> dict[str, bool] | None:
+        """What a step is to be compiled with, as `jax.jit` takes it.
+
+        Where this process has a CPU device for every core, each device computes its products by
+        itself: the cores wait for each other when they exchange gradients, not at every product.
+        """
+        here = [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
+        alone = len(here) >= _cores() and all(device.platform == "cpu" for device in here)
+        return {"xla_cpu_multi_thread_eigen": False} if alone else None
 
     def shardings(self, tree: PyTree[Array]) -> PyTree[NamedSharding]:
         """How parameters, an optimizer's state, or a whole state are split."""
@@ -197,6 +209,13 @@ class Devices:
             return split(state, batch)
 
         return typed if self.explicit else constrained
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _spec(path: tuple[str, ...], shape: tuple[int, ...], parts: int) -> PartitionSpec:

@@ -53,7 +53,10 @@ def make_step(
     def step(state: TrainState, batch: PyTree[Array]) -> tuple[TrainState, dict[str, Array]]:
         return update(loss_fn, tx, compute_dtype, state, batch)
 
-    return jax.jit(step if devices is None else devices.keeping(step), donate_argnums=0)
+    if devices is None:
+        return jax.jit(step, donate_argnums=0)
+    options = devices.compiler_options
+    return jax.jit(devices.keeping(step), donate_argnums=0, compiler_options=options)
 
 
 def update(
