@@ -82,7 +82,7 @@ def test_kernels_keep_the_contract_over_a_mesh(name, form):
 @pytest.mark.parametrize(
     "name",
     [
-        "biweight",
+        pytest.param("biweight", marks=NIGHTLY),
         pytest.param("anchored", marks=pytest.mark.core),
         pytest.param("fixed", marks=NIGHTLY),
     ],

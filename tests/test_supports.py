@@ -22,7 +22,9 @@ def found(kind, method, *more, compat=None):
     return told
 
 
-@pytest.mark.parametrize("kind, own", [("mosaic", 0), ("transformer", 1)])
+@pytest.mark.parametrize(
+    "kind, own", [("mosaic", 0), pytest.param("transformer", 1, marks=pytest.mark.nightly)]
+)
 def test_softmax_gives_weight_to_all_that_is_visible(kind, own):
     """A Transformer's queries see themselves, too."""
     for more, mean in (((), WHOLE / 9 + own), ((SEGMENTS,), (WHOLE + PARTS) / 18 + own)):
