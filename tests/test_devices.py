@@ -169,7 +169,8 @@ def test_a_device_a_core_computes_its_products_alone(monkeypatch):
 def test_a_run_on_cpu_has_as_many_devices_as_it_is_split_over():
     code = """
         import types, jax
-        from experiments.runs.task import make_devices
+        from experiments.runs.command import joined, make_devices
+        assert joined().alone
         for text in ("", "data=2,fsdp=2", "data=8"):  # who has said how many is not overruled
             make_devices(types.SimpleNamespace(devices=text))
         print(jax.config.jax_num_cpu_devices, len(jax.devices("cpu")))

@@ -2,6 +2,8 @@
 
 import argparse
 import functools
+import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +47,9 @@ def reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
     """Train and test what is missing, then write the table and the figure."""
     try:
         with joined() as processes:
-            if processes.count > 1 and not getattr(config, "devices", ""):
+            if processes.alone:
+                make_devices(config)
+            elif processes.count > 1 and not getattr(config, "devices", ""):
                 can = (
                     "expected one that splits the run"
                     if hasattr(config, "devices")
@@ -59,6 +63,19 @@ def reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
         return 130
 
 
+def make_devices(config: Config) -> None:
+    """Let JAX on CPU have as many devices as a run is split over, where nobody said how many.
+
+    To be called before anything touches a device; elsewhere than on CPU it changes nothing. Words
+    that make no sense are `prepare`'s to name.
+    """
+    import jax
+
+    counts = re.findall(r"=(\d+)", getattr(config, "devices", ""))
+    if counts and jax.config.jax_num_cpu_devices < 1:
+        jax.config.update("jax_num_cpu_devices", max(1, math.prod(map(int, counts))))
+
+
 @functools.cache
 def joined() -> "Processes":
     """The processes that a launcher started, which make the same command; mostly one."""
@@ -70,13 +87,10 @@ def joined() -> "Processes":
 def _reproduce[C: Config](experiment: Experiment[C], config: C) -> int:
     # Only now: these take seconds to import, and --help needs none of them.
     from experiments.runs.sweep import prepare, sweep
-    from experiments.runs.task import make_devices
     from kreg.training import CheckpointError
     from kreg.training.writer import is_first
 
     try:
-        if joined().count == 1:
-            make_devices(config)
         prepare(experiment, config)
     except (ValueError, OSError) as error:
         return explain(error)

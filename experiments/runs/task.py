@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -72,16 +71,6 @@ def devices_of(config: Config) -> Devices | None:
     """How a run is split over devices; None for one."""
     text = getattr(config, "devices", "")
     return Devices.of(text) if text else None
-
-
-def make_devices(config: Config) -> None:
-    """Let JAX on CPU have as many devices as a run is split over, where nobody said how many.
-
-    To be called before anything touches a device; elsewhere than on CPU it changes nothing.
-    """
-    devices = devices_of(config)
-    if devices is not None and jax.config.jax_num_cpu_devices < 1:
-        jax.config.update("jax_num_cpu_devices", devices.count)
 
 
 def layout_of(config: Config) -> Layout | None:

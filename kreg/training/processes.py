@@ -63,6 +63,11 @@ class Processes:
         return jax.process_index()
 
     @property
+    def alone(self) -> bool:
+        """Whether no launcher started others; to ask this touches no device."""
+        return self._watch is None
+
+    @property
     def count(self) -> int:
         """How many processes there are."""
         return jax.process_count()
