@@ -95,12 +95,12 @@ class Contestant:
 
 
 def main(options: Options) -> None:
-    options.out.mkdir(parents=True, exist_ok=True)
     comparisons = {}
 
     def compare(name: str, contestants: dict[str, Contestant], rounds: int) -> None:
         comparisons[name] = run(contestants, rounds)
         show(name, comparisons[name])
+        write(options.out / "bench", {"method": METHOD, "results": comparisons})
 
     rows = f"rows {options.rows[0]} x {options.rows[1]}"
     alone = maps(options.rows)
@@ -111,12 +111,16 @@ def main(options: Options) -> None:
     for length in options.lengths:
         name = f"causal attention B{options.batch} T{length} N{options.heads} H{options.width}"
         compare(name, attention(options, length), options.rounds)
+    print(f"written: {options.out / 'bench.json'}, {options.out / 'bench.md'}")
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Write what was found so far as path.json, with versions and machine, and path.md."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     peers = {name: metadata.version(name) for name in ("torch", "entmax") if optional(name)}
     machine = {"cores": os.cpu_count(), "processor": processor(), "peers": peers}
-    found = describe() | machine | {"method": METHOD, "results": comparisons}
-    write_json(options.out / "bench.json", found)
-    (options.out / "bench.md").write_text(markdown(comparisons))
-    print(f"written: {options.out / 'bench.json'}, {options.out / 'bench.md'}")
+    write_json(path.with_suffix(".json"), describe() | machine | found)
+    path.with_suffix(".md").write_text(markdown(found["results"]))
 
 
 def attention(options: Options, length: int) -> dict[str, Contestant]:

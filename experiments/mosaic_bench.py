@@ -13,7 +13,6 @@ import argparse
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.bench import Contestant, markdown, optional, processor, run, show
+from experiments.bench import Contestant, optional, run, show, write
 from experiments.methods import method
-from experiments.runs.environment import describe
-from experiments.runs.json_files import write_json
 from experiments.torch_mosaic import Mosaic, torch
 from kreg.nn import MemoryMosaic, MosaicConfig, to_torch
 from kreg.training import Devices, adamw, init_state, make_step, mean_token_cross_entropy
@@ -70,18 +67,14 @@ def main(options: argparse.Namespace) -> None:
             f"got {options.devices}"
         )
     jax.config.update("jax_num_cpu_devices", options.devices)
-    options.out.mkdir(parents=True, exist_ok=True)
     comparisons = {}
+    sizes = {k: v for k, v in vars(options).items() if isinstance(v, int)}
     for name in options.methods:
         title = f"train step, {name}, B{options.batch} T{options.length}"
         comparisons[title] = run(contestants(options, name), options.rounds)
         show(title, comparisons[title])
-    peers = {name: metadata.version(name) for name in ("torch", "entmax") if optional(name)}
-    machine = {"cores": os.cpu_count(), "processor": processor(), "peers": peers}
-    sizes = {k: v for k, v in vars(options).items() if isinstance(v, int)}
-    found = describe() | machine | {"method": __doc__, "sizes": sizes, "results": comparisons}
-    write_json(options.out / "mosaic_bench.json", found)
-    (options.out / "mosaic_bench.md").write_text(markdown(comparisons))
+        found = {"method": __doc__, "sizes": sizes, "results": comparisons}
+        write(options.out / "mosaic_bench", found)
     print(f"written: {options.out / 'mosaic_bench.json'}, {options.out / 'mosaic_bench.md'}")
 
 
