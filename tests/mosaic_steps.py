@@ -1,5 +1,6 @@
 """Train steps of Memory Mosaics, to be compiled and not run."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from experiments.length.experiment import EXPERIMENT as LENGTH
 from experiments.runs.experiment import Experiment
 from kreg import training
 from kreg.nn import MemoryMosaic, MosaicConfig
@@ -52,3 +54,9 @@ def experiment_step(experiment: Experiment, config: Any, name: str = "biweight",
     step = training.make_steps(program.loss, program.optimizer, one_by_one=False)
     state = jax.eval_shape(start, jax.random.key(0))
     return step, *map(of_all, (state, batch, jnp.zeros(())))
+
+
+def length_step():
+    """As `python -m experiments reproduce length --preset paper --task sort --model mosaic`."""
+    config = dataclasses.replace(LENGTH.presets["paper"], task="sort", model="mosaic")
+    return experiment_step(LENGTH, LENGTH.complete(config))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from mosaic_steps import mosaic_step
+from mosaic_steps import length_step, mosaic_step
 from nightly import NIGHTLY
 
 import kreg
@@ -228,6 +228,15 @@ def test_train_steps_of_mosaics_compile_with_the_kernels(length, heads, width, d
     tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
     with for_hopper():
         program = h200.compiled(step, state, tokens)
+    assert len(program.registers) == 3 and not any(program.spilled_bytes), program
+
+
+@pytest.mark.nightly
+def test_the_train_step_of_length_generalisation_compiles_with_the_kernels():
+    """In float32, with three seeds side by side."""
+    step, *arguments = length_step()
+    with for_hopper():
+        program = h200.compiled(step, *arguments)
     assert len(program.registers) == 3 and not any(program.spilled_bytes), program
 
 

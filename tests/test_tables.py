@@ -1,5 +1,6 @@
-"""The grid of kernels and bandwidth rules below a list of methods."""
+"""The grid of kernels and bandwidth rules below a list of methods; the panel of curves."""
 
+import types
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from experiments.language.experiment import EXPERIMENT as LANGUAGE
 from experiments.length.experiment import EXPERIMENT as LENGTH
 from experiments.methods import PRODUCT, expand
 from experiments.paper import METHODS
+from experiments.runs.figures import draw_curves, new_figure
 from experiments.runs.results import Results, Run, run_folder
 from experiments.runs.tables import grid, spread
 
@@ -139,3 +141,10 @@ def test_every_experiment_lays_all_methods_out(name):
     assert rows["biweight"][:3] == [written.format(number) for number in biweight]
     few = Results(Path("out"), name, about, FACTS[name], {}, runs[:3])
     assert "kernels by" not in experiment.table(few)
+
+
+@pytest.mark.parametrize("curve", [([], []), ([1, 2], [0.5, 0.25])])
+def test_results_without_the_trainings_logs_have_no_curves(curve):
+    axes = new_figure(4, 3).subplots()
+    draw_curves(axes, {"softmax": [types.SimpleNamespace(curve=lambda key: curve)]}, "loss")
+    assert axes.get_visible() == bool(curve[0])

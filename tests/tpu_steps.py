@@ -19,10 +19,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import tpus
-from mosaic_steps import experiment_step, mosaic_step
+from mosaic_steps import experiment_step, length_step, mosaic_step
 
 from experiments.in_context.experiment import EXPERIMENT as IN_CONTEXT
-from experiments.length.experiment import EXPERIMENT as LENGTH
 
 GIB = 2**30
 # Memory of a chip.
@@ -36,12 +35,6 @@ def in_context():
     config = IN_CONTEXT.presets["paper"]
     data = dataclasses.replace(config.data, train=1000, validation=32, test=32)
     return experiment_step(IN_CONTEXT, dataclasses.replace(config, data=data))
-
-
-def length():
-    """As `python -m experiments reproduce length --preset paper --task sort --model mosaic`."""
-    config = dataclasses.replace(LENGTH.presets["paper"], task="sort", model="mosaic")
-    return experiment_step(LENGTH, LENGTH.complete(config))
 
 
 def language(batch: int, length: int):
@@ -60,7 +53,7 @@ def documents():
 # Each makes a step and the shapes of what it is given.
 STEPS = {
     "in-context learning, 3 x 32 x 641": in_context,
-    "length, sort, 3 x 128 x 130": length,
+    "length, sort, 3 x 128 x 130": length_step,
     **{
         f"language model, {batch} x {size}": functools.partial(language, batch, size)
         for batch, size in [(8, 512), (1, 4096)]

@@ -44,9 +44,13 @@ def style(index: int) -> dict[str, Any]:
 
 
 def draw_curves(axes: Any, groups: dict[str, list[Run]], key: str) -> None:
-    """Draw a number of the evaluations along the training: a line a method, its seeds' mean."""
-    for row, (name, runs) in enumerate(groups.items()):
-        steps, values = mean_curve(runs, key)
+    """Draw a number of the evaluations along the training: a line a method, its seeds' mean.
+
+    Folders that hold results alone, without the trainings' logs, have no such panel.
+    """
+    means = {name: mean_curve(runs, key) for name, runs in groups.items()}
+    axes.set_visible(any(steps for steps, _ in means.values()))
+    for row, (name, (steps, values)) in enumerate(means.items()):
         axes.plot(
             steps,
             values,
