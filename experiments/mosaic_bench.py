@@ -10,7 +10,6 @@ Needs torch and entmax (pip install torch entmax).
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +25,7 @@ from experiments.methods import method
 from experiments.torch_mosaic import Mosaic, torch
 from kreg.nn import MemoryMosaic, MosaicConfig, to_torch
 from kreg.training import Devices, adamw, init_state, make_step, mean_token_cross_entropy
+from kreg.training.devices import cores
 
 VOCABULARY = 20
 METHODS = ("softmax", "biweight", "epanechnikov", "triweight")
@@ -51,11 +51,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--eager", action="store_true", help="do not compile PyTorch's model")
     add("--out", type=Path, default=Path("runs/mosaic_bench"))
     return parser.parse_args(arguments)
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(options: argparse.Namespace) -> None:

@@ -161,7 +161,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path):
 
 
 def test_a_device_a_core_computes_its_products_alone(monkeypatch):
-    monkeypatch.setattr("kreg.training.devices._cores", lambda: 4)
+    monkeypatch.setattr("kreg.training.devices.cores", lambda: 4)
     assert Devices(data=4).compiler_options == {"xla_cpu_multi_thread_eigen": False}
     assert Devices(data=2).compiler_options is None
 

@@ -109,7 +109,7 @@ class Devices:
         itself: the cores wait for each other when they exchange gradients, not at every product.
         """
         here = [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
-        alone = len(here) >= _cores() and all(device.platform == "cpu" for device in here)
+        alone = len(here) >= cores() and all(device.platform == "cpu" for device in here)
         return {"xla_cpu_multi_thread_eigen": False} if alone else None
 
     def shardings(self, tree: PyTree[Array]) -> PyTree[NamedSharding]:
@@ -211,7 +211,7 @@ class Devices:
         return typed if self.explicit else constrained
 
 
-def _cores() -> int:
+def cores() -> int:
     """How many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
