@@ -25,6 +25,8 @@ import numpy as np
 import kreg
 from experiments.runs.environment import describe
 from experiments.runs.json_files import write_json
+from kreg.training import Devices
+from kreg.training.devices import cores
 
 KERNELS = {
     "gaussian": kreg.gaussian,
@@ -40,7 +42,8 @@ METHOD = (
     "jax.nn on CPU forms the whole score matrix and computes the masked half too; kreg does "
     "neither, so its Gaussian is the like-for-like baseline. Rows come first, JAX by itself, then "
     "beside entmax: PyTorch's large arrays change from what size on malloc asks the system for "
-    "memory, and fresh pages cost as much as a softmax."
+    "memory, and fresh pages cost as much as a softmax. Where it says devices, as many CPU devices "
+    "have rows of the batch each; all others use one device."
 )
 
 
@@ -53,6 +56,7 @@ class Options:
     batch: int
     heads: int
     width: int
+    devices: int
     rounds: int
     out: Path
 
@@ -69,9 +73,21 @@ def parse(arguments: list[str] | None = None) -> Options:
     add("--batch", type=int, default=4)
     add("--heads", type=int, default=8)
     add("--width", type=int, default=64, help="of a head")
+    add("--devices", type=int, help="CPU devices; by default one a core, if rows suffice")
     add("--rounds", type=int, default=7, help="turns of each; of maps five times as many")
     add("--out", type=Path, default=Path("runs/bench"), help="folder for bench.json and bench.md")
-    return Options(**vars(parser.parse_args(arguments)))
+    given = parser.parse_args(arguments)
+    given.devices = devices_for(parser, given.batch, given.devices)
+    return Options(**vars(given))
+
+
+def devices_for(parser: argparse.ArgumentParser, batch: int, wanted: int | None) -> int:
+    """How many CPU devices a batch is split over, and from now on there are so many."""
+    count = wanted or max(n for n in range(1, min(batch, cores()) + 1) if batch % n == 0)
+    if batch % count:
+        parser.error(f"--devices: expected a divisor of the batch of {batch}, got {count}")
+    jax.config.update("jax_num_cpu_devices", count)
+    return count
 
 
 @dataclasses.dataclass
@@ -148,8 +164,25 @@ def attention(options: Options, length: int) -> dict[str, Contestant]:
         lambda q, k, v, kernel: kreg.attention(q, k, v, kernel=kernel, is_causal=True),
         [*arrays[:3], alpha, arrays[3]],
     )
+    if options.devices > 1:
+        found |= split_attention(options.devices, arrays)
     if torch := optional("torch"):
         found["torch SDPA softmax"] = torch_attention(torch, arrays)
+    return found
+
+
+def split_attention(count: int, arrays: list[jax.Array]) -> dict[str, Contestant]:
+    """The same of several devices, each with rows of the batch of its own."""
+    devices = Devices(data=count)
+    rows: Any = devices.place_batch(arrays)
+    found = {}
+    for name in ("gaussian", "biweight"):
+
+        def attend(q, k, v, kernel=KERNELS[name]) -> Any:
+            options = {"mesh": devices.mesh, "batch": "data", "kernel": kernel}
+            return kreg.sharding.attention(q, k, v, is_causal=True, **options)
+
+        found[f"kreg {name}, {count} devices"] = compiled(attend, rows, devices.compiler_options)
     return found
 
 
@@ -207,7 +240,9 @@ def _bisection_jvp(primals, tangents):
     return p, u * (tangents[0] - mean)
 
 
-def compiled(function: Callable[..., jax.Array], arrays: list[Any]) -> Contestant:
+def compiled(
+    function: Callable[..., jax.Array], arrays: list[Any], options: dict[str, Any] | None = None
+) -> Contestant:
     """Compile value and gradients; the last array is the output's cotangent."""
 
     def both(*arrays):
@@ -215,7 +250,7 @@ def compiled(function: Callable[..., jax.Array], arrays: list[Any]) -> Contestan
         return output, pull(arrays[-1])
 
     start = time.perf_counter()
-    executable = jax.jit(both).lower(*arrays).compile()
+    executable = jax.jit(both).lower(*arrays).compile(options)
     seconds = time.perf_counter() - start
     analysis = executable.memory_analysis()
     temporary = None if analysis is None else analysis.temp_size_in_bytes

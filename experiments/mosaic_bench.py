@@ -20,12 +20,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.bench import Contestant, optional, run, show, write
+from experiments.bench import Contestant, devices_for, optional, run, show, write
 from experiments.methods import method
 from experiments.torch_mosaic import Mosaic, torch
 from kreg.nn import MemoryMosaic, MosaicConfig, to_torch
 from kreg.training import Devices, adamw, init_state, make_step, mean_token_cross_entropy
-from kreg.training.devices import cores
 
 VOCABULARY = 20
 METHODS = ("softmax", "biweight", "epanechnikov", "triweight")
@@ -46,22 +45,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=8)
     add("--width", type=int, default=128)
     add("--slots", type=int, default=448, help="learned pairs of every persistent memory")
-    add("--devices", type=int, default=cores(), help="CPU devices; by default one a core")
+    add("--devices", type=int, help="CPU devices; by default one a core, if rows suffice")
     add("--rounds", type=int, default=5, help="turns of each, a turn being two steps")
     add("--eager", action="store_true", help="do not compile PyTorch's model")
     add("--out", type=Path, default=Path("runs/mosaic_bench"))
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    given.devices = devices_for(parser, given.batch, given.devices)
+    return given
 
 
 def main(options: argparse.Namespace) -> None:
     if torch is None or optional("entmax") is None:
         raise SystemExit("mosaic_bench: needs torch and entmax (pip install torch entmax)")
-    if options.batch % options.devices:
-        raise SystemExit(
-            f"mosaic_bench: --devices: expected a divisor of the batch of {options.batch}, "
-            f"got {options.devices}"
-        )
-    jax.config.update("jax_num_cpu_devices", options.devices)
     comparisons = {}
     sizes = {k: v for k, v in vars(options).items() if isinstance(v, int)}
     for name in options.methods:
