@@ -87,7 +87,7 @@ def test_what_a_train_step_keeps_is_what_the_formula_says(changes):
     assert found.temporary_bytes == pytest.approx(expected, rel=0.12)
 
 
-# On the oldest jax each order and each width once, on the newest biweight in all widths, too.
+# Each order and each width once, on the oldest jax one of them; all at night.
 WIDTHS = {1: 16, 2: 64, 3: 128}
 
 
