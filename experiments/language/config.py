@@ -122,7 +122,7 @@ class Config:
     devices: str = ""
     """How a run is split over devices, such as data=2,fsdp=4 or sequence=8: rows of a batch over
     the first two, parameters over fsdp, time over sequence. As many as there are, in all processes;
-    on CPU they are made: data=CORES trains faster there.
+    on CPU they are made, and data=CORES may train faster.
     Nothing for one. A run that was stopped goes on with any other."""
     compat: Literal["dense", "eft"] | None = None
     """Compute the methods of Memory Mosaics as one of the authors' two files does, faults too."""
