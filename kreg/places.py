@@ -40,7 +40,7 @@ def over_groups(problem: Problem, body, carry):
 
 
 def over_blocks(plan: list[Block], where, place: Place, compute, store, carry, sums):
-    """Computes and stores block by block; barriers keep blocks apart, and memory small.
+    """Computes and stores block by block, one after the other.
 
     compute: (block, start, first, sums) -> (sums, found); store: (carry, found, block, start,
     first) -> carry. `where` is what `reach` or `span` found.
@@ -57,17 +57,18 @@ def over_blocks(plan: list[Block], where, place: Place, compute, store, carry, s
 
     state = carry, sums
     for block in plan:
+        # All that a block reads is cut at its start, which waits for the block before: XLA would
+        # form the scores of all blocks first, far more than a cache holds. Not a constant either,
+        # so that blocks share the code that cuts and stores.
+        state, start = lax.optimization_barrier((state, jnp.asarray(block.start)))
         if block.count == 1:
-            # Not a constant, so that blocks share the code that cuts and stores.
-            state = one(state, block, lax.optimization_barrier(jnp.asarray(block.start)))
+            state = one(state, block, start)
         else:
-            state = lax.fori_loop(
-                0,
-                block.count,
-                lambda i, state, block=block: one(state, block, block.start + i * block.rows),
-                state,
-            )
-        state = lax.optimization_barrier(state)
+
+            def step(i, state, block=block, start=start):
+                return one(state, block, start + i * block.rows)
+
+            state = lax.fori_loop(0, block.count, step, state)
     return state
 
 
@@ -153,10 +154,11 @@ class Local:
             if size == block.keys:
                 z = jnp.where(where, z, -jnp.inf)
             else:
-                # Or XLA masks number by number while it updates, in twice the time.
+                # Or XLA copies the scores before it updates them.
+                z = lax.optimization_barrier(z)
+                # Or it masks number by number while it updates, in twice the time.
                 some = lax.optimization_barrier(jnp.where(where, z[..., at : at + size], -jnp.inf))
-                # Or XLA reads on in the old scores, and copies them.
-                z = lax.optimization_barrier(lax.dynamic_update_slice_in_dim(z, some, at, axis=3))
+                z = lax.dynamic_update_slice_in_dim(z, some, at, axis=3)
         return z
 
 

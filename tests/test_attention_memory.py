@@ -62,3 +62,9 @@ def test_the_measure_sees_a_dense_implementation():
     cell = {"kernel": kreg.biweight}
     small, large = (temporary_bytes(n, "vjp", "reference", cell) for n in (1024, 2048))
     assert large > 3.5 * small
+
+
+@pytest.mark.parametrize("kernel", [kreg.gaussian, kreg.biweight], ids=repr)
+def test_blocks_of_queries_share_memory(kernel):
+    scores = 256 * 2048 * 4  # the last block's, of one head; those of all blocks are 4.5 as much
+    assert temporary_bytes(2048, "vjp", "xla", {"kernel": kernel}) < 5 * scores
