@@ -28,14 +28,12 @@ from kreg.places import (
     along,
     cut_heads,
     cut_rows,
-    cut_scale,
     in_order,
     over_blocks,
     over_groups,
     product,
     put_heads,
     put_rows,
-    queries_first,
     take_rows,
 )
 from kreg.problem import Problem
@@ -87,7 +85,8 @@ def _forward(inputs: Inputs, rest: Problem):
         at = cut_rows(inputs.at, place, share)
 
         def average(block: Block, start, first, nothing):
-            z = local.scores(block, start, first)
+            query, scale = local.queries(block, start)
+            z = local.scores(in_order(query * scale), block, start, first)
             cut = local.row_part(at, block, start)
             rows, p = method.weigh(z, cut)
             seen = span(p, first, problem.sizes["s"]) if searches else None
@@ -95,15 +94,13 @@ def _forward(inputs: Inputs, rest: Problem):
             value = along(local.value, 1, first, block.keys)
             o = _mix(p.reshape(p.shape[0], -1, p.shape[-1]), value, rest.precision)
             o = o.reshape(*p.shape[:3], -1) * rows.scale[..., None]
-            o = jnp.moveaxis(o, 2, 0)
-            o = o.reshape(1, o.shape[0], -1, width).astype(out.dtype)
             found = None if stats is None else method.stats(z, rows, cut)
             return nothing, (o, rows, seen, found)
 
         def store(carry, found, block: Block, start, first):
             out, kept, live, stats = carry
             o, rows, seen, new = found
-            out = lax.dynamic_update_slice(out, o, (place.entry, start, place.first * share, 0))
+            out = put_heads(out, o, place, start)
             kept = put_rows(kept, rows, place, start)
             if seen is not None:
                 at_block = (0, place.entry, place.first, start // plan[0].rows)
@@ -129,52 +126,50 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
     def group(place: Place, carry: Inputs) -> Inputs:
         local = Local.cut(problem, inputs.scale, place)
         at = cut_rows(inputs.at, place, share)
-        do = queries_first(cut_heads(dout, place, share), share).astype(dtype)
-        scale = take_rows(kept, place, 0, do.shape[2]).scale
-        do = in_order(do * scale[..., None])
-        across = lax.optimization_barrier(
-            [in_order(jnp.moveaxis(x, 3, 1)) for x in (local.query, do)]
-        )
+        do = cut_heads(dout, place, share)
         # Transposed, so that every product reads both operands along rows.
         dk = jnp.zeros((*local.key.shape[:1], *local.key.shape[:0:-1]), dtype)
         dv = jnp.zeros((*local.value.shape[:1], *local.value.shape[:0:-1]), dtype)
 
         def pull(block: Block, start, first, sums):
             dk, dv = sums
-            z = local.scores(block, start, first)
-            key, value = (along(x, 1, first, block.keys) for x in (local.key, local.value))
             rows = take_rows(kept, place, start, block.rows)
+            plain, scale = local.queries(block, start)
+            query = in_order(plain * scale)
+            g = in_order(local.rows(do, block, start) * rows.scale[..., None])
+            query, g = lax.optimization_barrier((query, g))
+            z = local.scores(query, block, start, first)
+            key, value = (along(x, 1, first, block.keys) for x in (local.key, local.value))
             p, pull_rows = method.linear(z, rows, local.row_part(at, block, start))
             p = local.dropped(p, block, start, first)
             merged = p.shape[0], p.shape[1] * p.shape[2]
-            g = along(do, 2, start, block.rows).reshape(*merged, -1)
-            q_across, g_across = (
-                along(x, 3, start, block.rows).reshape(merged[0], -1, merged[1]) for x in across
+            query, g = (x.reshape(*merged, -1) for x in (query, g))
+            q_across, g_across = lax.optimization_barrier(
+                [in_order(jnp.swapaxes(x, 1, 2)) for x in (query, g)]
             )
             dp = product(g, value, 2, 2, precision).reshape(p.shape)
             dp = local.dropped(dp, block, start, first)
             dz, dat = pull_rows(dp)
             flat, p = dz.reshape(*merged, -1), p.reshape(*merged, -1)
-            dq = product(flat, key, 2, 1, precision).reshape(*dz.shape[:3], -1)
+            dq = product(flat, key, 2, 1, precision).reshape(plain.shape)
+            dq, dscale = dq * scale, jnp.sum(dq * plain, axis=-1)
             dk = add(dk, product(q_across, flat, 2, 1, precision), (0, 0, first))
             dv = add(dv, product(g_across, p, 2, 1, precision), (0, 0, first))
-            return (dk, dv), (dq, None if inputs.bias is None else dz, dat)
+            return (dk, dv), (dq, dscale, None if inputs.bias is None else dz, dat)
 
-        def store(carry, found, block: Block, start, first):
-            dq, dbias, dats = carry
-            part, dz, dat = found
-            dq = lax.dynamic_update_slice_in_dim(dq, part, start, axis=2)
-            if dz is not None:
-                dbias = add_scores(dbias, dz, place, start, first, share)
-            dats = jax.tree.map(
-                lambda x, part: add_scores(x, part, place, start, 0, share), dats, dat
+        def store(carry: Inputs, found, block: Block, start, first):
+            dq, dscale, dz, dat = found
+            return carry._replace(
+                query=put_heads(carry.query, dq, place, start),
+                scale=add_scale(carry.scale, dscale, place, start),
+                bias=dz if dz is None else add_scores(carry.bias, dz, place, start, first, share),
+                at=jax.tree.map(
+                    lambda x, part: add_scores(x, part, place, start, 0, share), carry.at, dat
+                ),
             )
-            return dq, dbias, dats
-
-        carry_in = jnp.zeros_like(local.query), carry.bias, carry.at
 
         def run(plan, where):
-            return over_blocks(plan, where, place, pull, store, carry_in, (dk, dv))
+            return over_blocks(plan, where, place, pull, store, carry, (dk, dv))
 
         if few is None:
             found = run(plan, where)
@@ -184,18 +179,10 @@ def _backward(inputs: Inputs, rest: Problem, saved, dout: Float[Array, "B T N V"
                 lambda: run(few, live),
                 lambda: run(plan, where),
             )
-        (dq, dbias, dats), (dk, dv) = found
-        plain = queries_first(local.problem.query[0], share).astype(dtype)
-        dscale = add_scale(carry.scale, dq * plain, place, share)
-        dq = lax.optimization_barrier(dq * cut_scale(inputs.scale, place, share))
-        dq = jnp.moveaxis(dq, 2, 0)
-        return Inputs(
-            put_heads(carry.query, dq.reshape(dq.shape[0], -1, dq.shape[-1]), place, share),
-            put_heads(carry.key, jnp.moveaxis(dk, 2, 0), place, 1),
-            put_heads(carry.value, jnp.moveaxis(dv, 2, 0), place, 1),
-            dscale,
-            dbias,
-            dats,
+        carry, (dk, dv) = found
+        dk, dv = (jnp.swapaxes(x, 1, 2)[:, None] for x in (dk, dv))
+        return carry._replace(
+            key=put_heads(carry.key, dk, place, 0), value=put_heads(carry.value, dv, place, 0)
         )
 
     return over_groups(problem, group, change)

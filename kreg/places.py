@@ -95,7 +95,7 @@ class Local:
     """The arrays of one place, heads first, in the type of the scores."""
 
     problem: Problem  # one batch entry, the place's heads
-    query: Float[Array, "k G T H"]
+    scale: Float[Array, "#k #G #T 1"]
     key: Float[Array, "k S H"]
     value: Float[Array, "k S V"]
 
@@ -109,11 +109,22 @@ class Local:
             k=(place.first, place.count),
         )
         dtype = problem.dtype
-        query = queries_first(part.query[0], share).astype(dtype)
-        query = query * cut_scale(scale, place, share)
         key, value = (jnp.swapaxes(x[0], 0, 1).astype(dtype) for x in (part.key, part.value))
         # One copy each, not one a block.
-        return cls(part, *lax.optimization_barrier([in_order(x) for x in (query, key, value)]))
+        key, value = lax.optimization_barrier([in_order(x) for x in (key, value)])
+        return cls(part, cut_scale(scale, place, share), key, value)
+
+    def rows(self, x: Float[Array, "T n W"], block: Block, start) -> Float[Array, "k G C W"]:
+        """Cuts a block of rows, heads first."""
+        part = lax.dynamic_slice_in_dim(x, start, block.rows, axis=0).astype(self.problem.dtype)
+        return queries_first(part, part.shape[1] // self.key.shape[0])
+
+    def queries(self, block: Block, start) -> tuple[Float[Array, "k G C H"], Array]:
+        """Cuts a block of queries, and their scales."""
+        scale = self.scale
+        if scale.shape[2] > 1:
+            scale = lax.dynamic_slice_in_dim(scale, start, block.rows, axis=2)
+        return self.rows(self.problem.query[0], block, start), scale
 
     def part(self, block: Block, start, first) -> Problem:
         return self.problem.part(t=(start, block.rows), s=(first, block.keys))
@@ -123,7 +134,8 @@ class Local:
 
         def cut(x):
             x = x if x.shape[2] == 1 else lax.dynamic_slice_in_dim(x, start, block.rows, axis=2)
-            return _by_group(x, *self.query.shape[:2])
+            heads = self.key.shape[0]
+            return _by_group(x, heads, self.problem.query.shape[2] // heads)
 
         return jax.tree.map(cut, arrays)
 
@@ -138,9 +150,10 @@ class Local:
         keep = keep_mask(words, rate, part.pairs, *part.drawn)
         return jnp.where(_by_group(keep, *p.shape[:2]), p / (1 - rate), 0)
 
-    def scores(self, block: Block, start, first) -> Float[Array, "k G C L"]:
+    def scores(
+        self, query: Float[Array, "k G C H"], block: Block, start, first
+    ) -> Float[Array, "k G C L"]:
         """Scores of a block of queries with its keys, -inf where inadmissible."""
-        query = lax.dynamic_slice_in_dim(self.query, start, block.rows, axis=2)
         heads, share, rows, width = query.shape
         key = along(self.key, 1, first, block.keys)
         z = product(query.reshape(heads, -1, width), key, 2, 2, self.problem.precision)
@@ -200,10 +213,11 @@ def cut_heads(x: Float[Array, "B T N H"], place: Place, share: int) -> Float[Arr
     return lax.dynamic_slice_in_dim(x, place.first * share, place.count * share, axis=1)
 
 
-def put_heads(x: Array, part: Float[Array, "T n H"], place: Place, share: int) -> Array:
-    """Puts the place's heads back."""
-    part = in_order(part)[None].astype(x.dtype)
-    return lax.dynamic_update_slice(x, part, (place.entry, 0, place.first * share, 0))
+def put_heads(x: Array, part: Float[Array, "k G C H"], place: Place, start) -> Array:
+    """Puts a block of rows of the place's heads back."""
+    share, count = part.shape[1:3]
+    part = in_order(jnp.moveaxis(part, 2, 0).reshape(1, count, -1, part.shape[3])).astype(x.dtype)
+    return lax.dynamic_update_slice(x, part, (place.entry, start, place.first * share, 0))
 
 
 def put_rows(into: Float[Array, "n B K G T"], rows, place: Place, start) -> Array:
@@ -256,11 +270,11 @@ def cut_scale(scale: Float[Array, "#B #T #N 1"], place: Place, share: int) -> Ar
     return queries_first(part[0], share)
 
 
-def add_scale(dscale, products: Float[Array, "k G T H"], place: Place, share: int) -> Array:
-    """Adds the place's part of the scale's gradient, summed over the axes of size 1."""
-    part = jnp.sum(products, axis=-1).reshape(1, -1, products.shape[2], 1)
-    part = jnp.swapaxes(part, 1, 2)
+def add_scale(dscale, part: Float[Array, "k G C"], place: Place, start) -> Array:
+    """Adds a block's part of the scale's gradient, summed over the axes of size 1."""
+    share, count = part.shape[1:]
+    part = part.reshape(1, -1, count, 1).swapaxes(1, 2)
     small = tuple(i for i in (1, 2) if dscale.shape[i] == 1)
-    at = (place.entry, 0, place.first * share, 0)
+    at = (place.entry, start, place.first * share, 0)
     at = tuple(0 if n == 1 else a for n, a in zip(dscale.shape, at, strict=True))
     return add(dscale, jnp.sum(part, axis=small, keepdims=True), at)
