@@ -10,11 +10,12 @@ from kreg.problem import Problem
 from kreg.rowwise import Powers
 
 # Rows that a product is given at once, more where keys are few; scores of a block of one group of
-# heads, which should stay in a core's cache, in bytes; blocks that are written out one by one, each
-# with keys of its own, fewer where each is a loop over powers that are no products (more cost
-# compile time, the more so the longer a row's code is; fewer cost work on keys that nobody sees).
+# heads, in bytes: in cache, and where they fit two heads, a product for each core; blocks that are
+# written out one by one, each with keys of its own, fewer where each is a loop over powers that are
+# no products (more cost compile time, the more so the longer a row's code is; fewer cost work on
+# keys that nobody sees).
 _ROWS = 256
-_BLOCK_BYTES = 2 * 2**20
+_BLOCK_BYTES = 4 * 2**20
 _LARGEST_BYTES = 8 * 2**20
 _MOST_BLOCKS = 8
 _MOST_LOOPS = 6
